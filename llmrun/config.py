@@ -1,0 +1,480 @@
+"""Settings: every option once, read from flags > environment > config file > defaults.
+
+`OPTIONS` is the single table: a flag, an `LLMRUN_*` variable and a key of `config.toml` all come
+from one row, so that they cannot drift apart. `Settings` has one field a row; a test compares them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from llmrun.errors import UsageError
+from llmrun.text import close_names
+
+Kind = Literal["flag", "switch", "count", "text", "texts", "int", "float", "choice"]
+"""`flag`: on when given. `switch`: `--x/--no-x`. `count`: may be repeated. `texts`: a list."""
+
+Group = Literal["common", "hub", "load", "sampling", "prompt", "run", "chat", "config"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option. `key` is config key and field of Settings; the flag is `--key-with-dashes`.
+
+    `words` are accepted beside a number (`auto`, `all`), or are all that is accepted (`choice`).
+    The word in `none_word` is stored as None.
+    """
+
+    key: str
+    kind: Kind
+    group: Group
+    help: str
+    default: Any = None
+    words: tuple[str, ...] = ()
+    none_word: str | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def env_name(self) -> str:
+        return f"LLMRUN_{self.key.upper()}"
+
+    @property
+    def flag_names(self) -> tuple[str, ...]:
+        dashed = "--" + self.key.replace("_", "-")
+        if self.flags:
+            return self.flags
+        return (f"{dashed}/--no-{dashed[2:]}",) if self.kind == "switch" else (dashed,)
+
+
+KV_TYPES = ("f16", "q8_0", "q4_0", "bf16", "f32")
+
+OPTIONS: tuple[Option, ...] = (
+    Option("json", "flag", "common", "Print one JSON envelope instead of text.", False),
+    Option("quiet", "flag", "common", "Only results and errors.", False, flags=("-q", "--quiet")),
+    Option(
+        "verbose",
+        "count",
+        "common",
+        "More about what happens; -vv with llama.cpp's log.",
+        0,
+        minimum=0,
+        maximum=3,
+        flags=("-v", "--verbose"),
+    ),
+    Option(
+        "yes", "flag", "common", "Answer every question with yes.", False, flags=("-y", "--yes")
+    ),
+    Option("offline", "flag", "common", "Never use the network.", False),
+    Option("force", "flag", "hub", "Go on although the model will not fit.", False),
+    Option(
+        "ctx",
+        "int",
+        "load",
+        "Context in tokens, or auto.",
+        words=("auto",),
+        none_word="auto",
+        minimum=16,
+        maximum=1 << 27,
+        metavar="N|auto",
+    ),
+    Option(
+        "gpu_layers",
+        "int",
+        "load",
+        "Layers on the GPU.",
+        "auto",
+        words=("auto", "all"),
+        minimum=0,
+        maximum=100_000,
+        metavar="N|auto|all",
+    ),
+    Option("kv_type", "choice", "load", "Type of the KV cache.", "auto", words=("auto", *KV_TYPES)),
+    Option("flash_attn", "choice", "load", "FlashAttention.", "auto", words=("auto", "on", "off")),
+    Option(
+        "speculative",
+        "choice",
+        "load",
+        "Speculative decoding; for now auto means off.",
+        "auto",
+        words=("auto", "off"),
+    ),
+    Option(
+        "threads",
+        "int",
+        "load",
+        "CPU threads, or auto.",
+        words=("auto",),
+        none_word="auto",
+        minimum=1,
+        maximum=4096,
+        metavar="N|auto",
+    ),
+    Option("model", "text", "config", "The model that chat opens when none is named."),
+    Option(
+        "max_tokens", "int", "sampling", "Stop after this many tokens.", minimum=1, maximum=1 << 27
+    ),
+    Option("seed", "int", "sampling", "Seed of the sampler.", minimum=0, maximum=(1 << 32) - 1),
+    Option("temperature", "float", "sampling", "0 is greedy.", minimum=0, maximum=100),
+    Option(
+        "top_k", "int", "sampling", "Keep the K best tokens; 0 is off.", minimum=0, maximum=1 << 30
+    ),
+    Option("top_p", "float", "sampling", "Nucleus; 1 is off.", minimum=0, maximum=1),
+    Option(
+        "min_p",
+        "float",
+        "sampling",
+        "Least share of the best token's probability; 0 is off.",
+        minimum=0,
+        maximum=1,
+    ),
+    Option(
+        "typical_p",
+        "float",
+        "sampling",
+        "Locally typical sampling; 1 is off.",
+        minimum=0,
+        maximum=1,
+    ),
+    Option(
+        "xtc_probability",
+        "float",
+        "sampling",
+        "Chance of excluding top choices; 0 is off.",
+        minimum=0,
+        maximum=1,
+    ),
+    Option(
+        "xtc_threshold",
+        "float",
+        "sampling",
+        "Least probability of an excluded choice.",
+        minimum=0,
+        maximum=1,
+    ),
+    Option(
+        "dry_multiplier",
+        "float",
+        "sampling",
+        "Penalty on repeated sequences; 0 is off.",
+        minimum=0,
+        maximum=100,
+    ),
+    Option(
+        "repeat_penalty",
+        "float",
+        "sampling",
+        "Penalty on repeated tokens; 1 is off.",
+        minimum=0,
+        maximum=100,
+    ),
+    Option(
+        "frequency_penalty",
+        "float",
+        "sampling",
+        "Penalty by count; 0 is off.",
+        minimum=-100,
+        maximum=100,
+    ),
+    Option(
+        "presence_penalty",
+        "float",
+        "sampling",
+        "Penalty by presence; 0 is off.",
+        minimum=-100,
+        maximum=100,
+    ),
+    Option("stop", "texts", "sampling", "Stop before this text; may be repeated.", ()),
+    Option(
+        "logit_bias",
+        "texts",
+        "sampling",
+        "Add BIAS to a token's logit; may be repeated.",
+        (),
+        metavar="TOKEN=BIAS",
+    ),
+    Option("system", "text", "prompt", "The system message."),
+    Option("think", "switch", "prompt", "Let the model think first, or not."),
+    Option("hide_thinking", "flag", "prompt", "Do not show the thinking.", False),
+    Option("raw", "flag", "run", "No chat template, no escaping: plain completion.", False),
+    Option(
+        "json_schema",
+        "text",
+        "run",
+        "The answer always fits this JSON schema.",
+        metavar="FILE|TEXT",
+    ),
+    Option("grammar", "text", "run", "The answer always fits this GBNF grammar.", metavar="FILE"),
+    Option("stats", "flag", "run", "Tokens and speed, on stderr.", False),
+    Option("markdown", "switch", "chat", "Render answers as Markdown."),
+)
+
+OPTION_BY_KEY: Mapping[str, Option] = {option.key: option for option in OPTIONS}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a value came from: `name` is a flag, a variable or a file."""
+
+    kind: Literal["flag", "environment", "file", "default"]
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}" if self.name else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All options with their final values. None: not set, so the model or the engine chooses.
+
+    `sources` has an entry for each field. `ctx` and `threads` None mean auto. `gpu_layers` is a
+    number, `auto` or `all`.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: int = 0
+    yes: bool = False
+    offline: bool = False
+    force: bool = False
+    ctx: int | None = None
+    gpu_layers: int | str = "auto"
+    kv_type: str = "auto"
+    flash_attn: str = "auto"
+    speculative: str = "auto"
+    threads: int | None = None
+    model: str | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dry_multiplier: float | None = None
+    repeat_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    logit_bias: tuple[str, ...] = ()
+    system: str | None = None
+    think: bool | None = None
+    hide_thinking: bool = False
+    raw: bool = False
+    json_schema: str | None = None
+    grammar: str | None = None
+    stats: bool = False
+    markdown: bool | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict, repr=False)
+
+    def is_set(self, key: str) -> bool:
+        """Whether a person chose this value (it is not the default)."""
+        return self.sources.get(key, Source("default")).kind != "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The world around one run of the program; tests pass their own to `cli.app.main`.
+
+    Streams are text streams; whether they are terminals is asked of the streams themselves.
+    `state_dir` holds history and conversations, `cache_dir` headers and prefix state, `data_dir`
+    models that came out of a package. Other models live in the hub's shared cache.
+    """
+
+    stdin: TextIO
+    stdout: TextIO
+    stderr: TextIO
+    environ: Mapping[str, str]
+    config_dir: Path
+    state_dir: Path
+    data_dir: Path
+    cache_dir: Path
+
+    @classmethod
+    def of_process(cls) -> Environment:
+        import platformdirs
+
+        dirs = platformdirs.PlatformDirs("llmrun", appauthor=False)
+        # A process may be started without some of its streams.
+        stdin = sys.stdin or io.StringIO()
+        stdout, stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+        for stream in (stdout, stderr):
+            # A terminal that cannot show a character gets an escape, not a UnicodeEncodeError.
+            reconfigure = getattr(stream, "reconfigure", None)
+            if reconfigure is not None:
+                reconfigure(errors="backslashreplace")
+        return cls(
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            environ=os.environ,
+            config_dir=dirs.user_config_path,
+            state_dir=dirs.user_state_path,
+            data_dir=dirs.user_data_path,
+            cache_dir=dirs.user_cache_path,
+        )
+
+    @property
+    def config_path(self) -> Path:
+        return self.config_dir / "config.toml"
+
+    @property
+    def stdin_is_tty(self) -> bool:
+        return _is_tty(self.stdin)
+
+    @property
+    def stdout_is_tty(self) -> bool:
+        return _is_tty(self.stdout)
+
+    @property
+    def stderr_is_tty(self) -> bool:
+        return _is_tty(self.stderr)
+
+    @property
+    def debug(self) -> bool:
+        return self.environ.get("LLMRUN_DEBUG", "") not in ("", "0")
+
+
+def _is_tty(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # no stream at all (pythonw), or a closed one
+        return False
+
+
+def load_settings(
+    environment: Environment, flags: Mapping[str, Any], reads_file: bool = True
+) -> Settings:
+    """Merge the four sources. `flags` holds raw values by key; None means not given.
+
+    Raises UsageError, naming the source, for a bad value, an unknown key in the file, or a file
+    that is no TOML.
+    """
+    from_file = read_config_file(environment.config_path) if reads_file else {}
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    for option in OPTIONS:
+        raw, source = _pick(option, flags, environment, from_file)
+        sources[option.key] = source
+        values[option.key] = (
+            option.default if source.kind == "default" else parse_value(option, raw, source)
+        )
+    return Settings(**values, sources=sources)
+
+
+def _pick(
+    option: Option,
+    flags: Mapping[str, Any],
+    environment: Environment,
+    from_file: Mapping[str, Any],
+) -> tuple[Any, Source]:
+    given = flags.get(option.key)
+    if given is not None and given != [] and not (option.kind == "count" and given == 0):
+        return given, Source("flag", option.flag_names[-1].split("/")[0])
+    text = environment.environ.get(option.env_name, "")
+    if text != "":
+        return text, Source("environment", option.env_name)
+    if option.key in from_file:
+        return from_file[option.key], Source("file", str(environment.config_path))
+    return None, Source("default")
+
+
+_WORDS = {"1": True, "true": True, "yes": True, "on": True,
+          "0": False, "false": False, "no": False, "off": False}  # fmt: skip
+
+
+def parse_value(option: Option, raw: Any, source: Source) -> Any:
+    """The value of `option` for `raw`, a string or a TOML value. Raises UsageError."""
+    if option.kind in ("flag", "switch"):
+        if isinstance(raw, str) and raw.lower() in _WORDS:
+            return _WORDS[raw.lower()]
+        if isinstance(raw, bool):
+            return raw
+        raise _refusal(option, raw, source, "true or false")
+    if option.kind == "texts":
+        items = [raw] if isinstance(raw, str) else raw
+        if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) for i in items):
+            raise _refusal(option, raw, source, "a list of texts")
+        return tuple(items)
+    if option.kind == "text":
+        if isinstance(raw, str):
+            return raw
+        raise _refusal(option, raw, source, "a text")
+    if option.kind == "choice":
+        word = raw.lower() if isinstance(raw, str) else None
+        if word in option.words:
+            return word
+        raise _refusal(option, raw, source, "")
+    return _parse_number(option, raw, source)
+
+
+def _parse_number(option: Option, raw: Any, source: Source) -> int | float | str | None:
+    whole = option.kind in ("int", "count")
+    wanted = "a whole number" if whole else "a number"
+    if isinstance(raw, str) and raw.lower() in option.words:
+        return None if raw.lower() == option.none_word else raw.lower()
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        raise _refusal(option, raw, source, wanted)
+    try:
+        number: int | float = int(raw) if whole and not isinstance(raw, float) else float(raw)
+        is_right = math.isfinite(number) and (not whole or number == int(number))
+    except (ValueError, OverflowError):
+        is_right = False
+    if not is_right:
+        raise _refusal(option, raw, source, wanted)
+    low, high = option.minimum, option.maximum
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise _refusal(option, raw, source, f"{wanted} from {low} to {high}")
+    return int(number) if whole else float(number)
+
+
+def _refusal(option: Option, raw: Any, source: Source, wanted: str) -> UsageError:
+    if option.words:
+        words = ", ".join(option.words)
+        wanted = f"one of {words}" if option.kind == "choice" else f"{wanted}, or {words}"
+    where = {
+        "flag": f"option {source.name}",
+        "environment": f"environment variable {source.name}",
+        "file": f'"{option.key}" in {source.name}',
+        "default": option.key,
+    }[source.kind]
+    return UsageError(f"{where}: {str(raw)!r} is not {wanted}")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The keys of the config file; empty when there is none. Raises UsageError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"cannot read {path}", why=str(problem)) from problem
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise UsageError(f"{path} is not valid TOML", why=str(problem)) from problem
+    for key in found:
+        require_option(key, f" in {path}")
+    return found
+
+
+def require_option(key: str, where: str = "") -> Option:
+    """The option called `key` (dashes allowed). Raises UsageError with close names."""
+    option = OPTION_BY_KEY.get(key.replace("-", "_"))
+    if option is None:
+        near = close_names(key, OPTION_BY_KEY)
+        why = f"did you mean {', '.join(near)}?" if near else None
+        raise UsageError(f"unknown setting {key!r}{where}", why=why, hint="llmrun config")
+    return option
