@@ -1,0 +1,1 @@
+"""What this machine has: CPU, memory, accelerators."""

@@ -1,0 +1,380 @@
+"""The planner: what it chooses, what it gives up and in which order, and what it says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrun.errors import UsageError, WillNotFitError
+from llmrun.fit.formula import estimate
+from llmrun.fit.plan import Plan, Wishes, plan, require_fit
+from llmrun.gguf.info import read_info
+from llmrun.gguf.types import ModelInfo
+from llmrun.hardware.machine import Cpu, Device, Machine, Memory
+from tests.fakes.models import smollm2_path
+from tests.unit.test_fit_formula import GEMMA4, LLAMA, llama, make_info, tensor
+
+MIB = 1 << 20
+GIB = 1 << 30
+CPU = Cpu(16, 16, 8)
+
+
+def machine(ram: float, *gpus: float, shared: float | None = None, total: float = 512) -> Machine:
+    """`ram`, `gpus` and `shared` are free GiB."""
+    devices = [
+        Device(f"GPU{i}", "a card", "gpu", int(free * GIB), 128 * GIB)
+        for i, free in enumerate(gpus)
+    ]
+    if shared is not None:
+        devices.append(Device("Metal", "M", "gpu", int(shared * GIB), 512 * GIB, True))
+    return Machine(CPU, Memory(int(total * GIB), int(ram * GIB)), tuple(devices))
+
+
+def dense_8b(**changes: object) -> ModelInfo:
+    """The shape of an 8 B Llama in 4 bits: 4.6 GiB of weights, 128 KiB of KV cache a token."""
+    keys = {
+        "block_count": 32,
+        "context_length": 131072,
+        "embedding_length": 4096,
+        "feed_forward_length": 14336,
+        "attention__head_count": 32,
+        "attention__head_count_kv": 8,
+    }
+    layers = [tensor(f"blk.{i}.ffn_up.weight", 16384, 4096, "Q4_K") for i in range(32)]
+    ends = [tensor(f"{name}.weight", 32768, 4096, "Q6_K") for name in ("token_embd", "output")]
+    return make_info("llama", (*layers, *ends), n_vocab=128256, **(keys | changes))
+
+
+BIG = dense_8b()
+
+
+def test_a_roomy_machine_gets_the_usual_context():
+    chosen = plan(machine(64), BIG)
+    assert (chosen.n_ctx, chosen.type_k, chosen.type_v) == (8192, "f16", "f16")
+    assert chosen.verdict == "fits"
+    assert chosen.n_ubatch == 512
+    assert (chosen.n_threads, chosen.n_threads_batch) == (8, 8)
+    assert "--ctx takes up to 131072" in chosen.reasons[0]
+
+
+def test_a_cheap_cache_gets_a_longer_context():
+    cheap = dense_8b(attention__head_count_kv=1)
+    assert plan(machine(64), cheap).n_ctx == 32768
+    assert plan(machine(64), dense_8b(attention__head_count_kv=2)).n_ctx == 16384 * 2
+    assert plan(machine(64), dense_8b(attention__head_count_kv=4)).n_ctx == 16384
+
+
+def test_the_models_own_limit_is_kept_and_named():
+    chosen = plan(machine(64), llama(context_length=1536))
+    assert chosen.n_ctx == 1536
+    assert chosen.reasons[0] == "context 1536: the model's own limit"
+
+
+def test_a_model_that_does_not_say_its_limit():
+    keys = LLAMA.copy()
+    del keys["context_length"]
+    chosen = plan(machine(64), make_info("llama", **keys))
+    assert chosen.n_ctx == 4096
+    assert "does not say" in chosen.reasons[0]
+
+
+def test_the_real_small_model_gets_its_whole_context():
+    chosen = plan(machine(4), read_info([smollm2_path()]))
+    assert (chosen.n_ctx, chosen.verdict) == (8192, "fits")
+
+
+def test_a_one_off_run_takes_no_more_than_it_needs():
+    assert plan(machine(64), BIG, Wishes(n_ctx_enough=700)).n_ctx == 2048
+    chosen = plan(machine(64), BIG, Wishes(n_ctx_enough=3000))
+    assert chosen.n_ctx == 3072
+    assert "enough for this prompt" in chosen.reasons[0]
+    assert plan(machine(64), BIG, Wishes(n_ctx_enough=10**7)).n_ctx == 8192
+    assert plan(machine(64), BIG, Wishes(n_ctx_enough=700, n_ctx=5000)).n_ctx == 5000
+
+
+def test_what_is_given_up_in_order():
+    """Less and less memory: each step gives up the next thing and no earlier one again."""
+    seen = []
+    for hundredth in range(800, 400, -1):
+        chosen = plan(machine(hundredth / 100), BIG)
+        step = (chosen.n_ctx, chosen.type_k, chosen.verdict)
+        if not seen or seen[-1] != step:
+            seen.append(step)
+    assert seen == [
+        (8192, "f16", "fits"),
+        (8192, "q8_0", "fits"),
+        (4096, "f16", "fits"),
+        (4096, "q8_0", "fits"),
+        (2048, "f16", "fits"),
+        (2048, "q8_0", "fits"),
+        (2048, "q8_0", "tight"),
+        (2048, "q8_0", "does_not_fit"),
+    ]
+
+
+def test_wishes_are_kept():
+    wishes = Wishes(n_ctx=20000, type_k="q4_0", type_v="f16", n_threads=3, n_ubatch=128)
+    chosen = plan(machine(64), BIG, wishes)
+    assert (chosen.n_ctx, chosen.type_k, chosen.type_v) == (20000, "q4_0", "f16")
+    assert (chosen.n_threads, chosen.n_threads_batch, chosen.n_ubatch) == (3, 3, 128)
+    assert chosen.reasons[0] == "context 20000: as asked"
+
+
+def test_an_asked_context_stays_and_only_the_cache_type_gives_way():
+    need = estimate(BIG, n_ctx=65536).total_bytes / GIB
+    chosen = plan(machine(need), BIG, Wishes(n_ctx=65536))
+    assert (chosen.n_ctx, chosen.type_k, chosen.verdict) == (65536, "q8_0", "fits")
+    assert "q8_0 to save memory" in chosen.reasons[0]
+
+
+def test_an_asked_cache_type_never_gives_way():
+    chosen = plan(machine(5.6), BIG, Wishes(type_k="f16", type_v="f16"))
+    assert (chosen.type_k, chosen.type_v) == ("f16", "f16")
+
+
+def test_a_context_beyond_the_training_is_possible_but_said():
+    chosen = plan(machine(64), llama(), Wishes(n_ctx=16384))
+    assert chosen.n_ctx == 16384
+    assert "beyond the 8192" in chosen.reasons[0]
+
+
+def test_the_cache_is_not_quantised_where_llama_cpp_would_refuse():
+    odd = make_info("llama", **LLAMA | {"attention__key_length": 80})
+    starved = machine(0.06, total=1)
+    assert plan(starved, odd).type_k == "f16"
+    assert plan(starved, llama(), Wishes(flash_attn="off")).type_v == "f16"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        (Wishes(type_v="q8_0", flash_attn="off"), "FlashAttention"),
+        (Wishes(type_k="q8_0"), "blocks"),
+        (Wishes(n_ctx=0), "--ctx"),
+        (Wishes(n_threads=-1), "--threads"),
+    ],
+)
+def test_wishes_that_cannot_be(wishes, words):
+    odd = make_info("llama", **LLAMA | {"attention__key_length": 80})
+    with pytest.raises(UsageError) as caught:
+        plan(machine(64), odd, wishes)
+    assert words in f"{caught.value.message} {caught.value.why}"
+
+
+def test_a_quantised_key_alone_needs_no_flash_attention():
+    chosen = plan(machine(64), llama(), Wishes(type_k="q8_0", flash_attn="off"))
+    assert (chosen.type_k, chosen.type_v) == ("q8_0", "f16")
+
+
+def test_a_projector_is_no_model():
+    with pytest.raises(UsageError, match="projector"):
+        plan(machine(64), make_info("clip", block_count=1))
+
+
+def test_an_embedder_reads_a_text_in_one_piece():
+    chosen = plan(machine(64), make_info("bert", **LLAMA))
+    assert chosen.n_ctx == chosen.n_ubatch == 2048
+    short = plan(machine(64), make_info("bert", **LLAMA | {"context_length": 512}))
+    assert short.n_ctx == short.n_ubatch == 512
+
+
+def test_weights_are_mapped_only_where_a_reordered_copy_has_room_too():
+    roomy = plan(machine(64), BIG)
+    assert (roomy.use_mmap, roomy.use_repack) == (True, True)
+    close = plan(machine(8), BIG)
+    assert close.verdict == "fits"
+    assert (close.use_mmap, close.use_repack) == (False, True)
+    assert any("read, not mapped" in reason for reason in close.reasons)
+    hopeless = plan(machine(2), BIG)
+    assert (hopeless.use_mmap, hopeless.use_repack) == (True, False)
+
+
+def test_memory_that_cannot_be_read_is_not_checked():
+    chosen = plan(Machine(CPU, Memory(0, 0, "unknown")), BIG)
+    assert (chosen.verdict, chosen.n_ctx) == ("fits", 8192)
+    assert "not checked" in chosen.reasons[-1]
+
+
+def test_an_unknown_architecture_still_gets_a_plan():
+    chosen = plan(machine(64), make_info("brand-new", **LLAMA))
+    assert chosen.estimate.confidence == "filesize"
+    assert any("brand-new" in reason for reason in chosen.reasons)
+
+
+def test_without_a_known_gpu_the_engine_decides():
+    assert plan(machine(64), BIG).n_gpu_layers == -1
+    assert plan(machine(64), BIG, Wishes(n_gpu_layers="all")).n_gpu_layers == -1
+    assert plan(machine(64), BIG, Wishes(n_gpu_layers=7)).n_gpu_layers == 7
+
+
+def test_a_large_gpu_takes_everything():
+    chosen = plan(machine(16, 24), BIG)
+    assert chosen.n_gpu_layers == -1
+    host, gpu = chosen.placement.shares
+    assert gpu.weights_bytes == BIG.tensor_bytes - chosen.estimate.input_bytes
+    assert host.weights_bytes == chosen.estimate.input_bytes
+    assert host.kv_bytes == 0
+    assert gpu.kv_bytes == chosen.estimate.kv_bytes
+    assert "all layers on GPU0" in chosen.reasons
+
+
+def test_a_small_gpu_takes_some_layers_from_the_back():
+    chosen = plan(machine(16, 4), BIG)
+    assert 0 < chosen.n_gpu_layers < 33
+    assert chosen.n_ctx == 8192
+    host, gpu = chosen.placement.shares
+    assert gpu.used_bytes <= 3 * GIB
+    assert host.weights_bytes + gpu.weights_bytes == BIG.tensor_bytes
+    assert any(f"{chosen.n_gpu_layers} of 33 layers" in reason for reason in chosen.reasons)
+
+
+def test_a_shorter_cache_comes_before_layers_on_the_cpu():
+    need = estimate(BIG, n_ctx=8192)
+    free = (need.total_bytes - need.overhead_bytes - need.input_bytes) / GIB + 1 - 0.3
+    chosen = plan(machine(16, free), BIG)
+    assert (chosen.n_gpu_layers, chosen.n_ctx, chosen.type_k) == (-1, 8192, "q8_0")
+
+
+def test_two_gpus_are_one_pool():
+    assert plan(machine(16, 4.5, 4.5), BIG).n_gpu_layers == -1
+
+
+def test_a_gpu_that_tells_no_memory_gets_nothing():
+    blind = replace(machine(16), devices=(Device("X", "x", "gpu", 0, 0),))
+    assert plan(blind, BIG).placement == plan(machine(16), BIG).placement
+
+
+def test_a_tied_output_is_copied_to_the_gpu():
+    without = [tensor for tensor in BIG.header.tensors if tensor.name != "output.weight"]
+    tied = replace(
+        BIG,
+        header=replace(BIG.header, tensors=tuple(without)),
+        tensor_bytes=sum(tensor.n_bytes for tensor in without),
+    )
+    chosen = plan(machine(16, 24), tied)
+    assert chosen.estimate.weights_bytes == tied.tensor_bytes + chosen.estimate.input_bytes
+
+
+def test_unified_memory_is_counted_once():
+    chosen = plan(machine(7.5, shared=7.5), BIG)
+    assert chosen.available_bytes == int(7.5 * GIB)
+    assert sum(share.used_bytes for share in chosen.placement.shares) <= chosen.budget_bytes
+    short = plan(machine(4.5, shared=24), BIG)
+    assert short.verdict == "does_not_fit"
+
+
+def test_a_fixed_number_of_layers_is_placed_as_asked():
+    chosen = plan(machine(16, 24), BIG, Wishes(n_gpu_layers=5))
+    assert chosen.n_gpu_layers == 5
+    _, gpu = chosen.placement.shares
+    assert gpu.weights_bytes == sum(chosen.estimate.layer_weights[-4:]) + tensor_bytes("output")
+    none = plan(machine(16, 24), BIG, Wishes(n_gpu_layers=0))
+    assert none.n_gpu_layers == 0
+    assert [share.device for share in none.placement.shares] == ["RAM"]
+
+
+def tensor_bytes(name: str) -> int:
+    return next(t.n_bytes for t in BIG.header.tensors if t.name == f"{name}.weight")
+
+
+def test_a_model_that_fits_is_let_through():
+    require_fit(plan(machine(64), BIG))
+    tight = plan(machine(5), BIG)
+    assert tight.verdict == "tight"
+    require_fit(tight)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out():
+    chosen = plan(machine(3), BIG)
+    with pytest.raises(WillNotFitError) as caught:
+        require_fit(chosen)
+    assert caught.value.exit_code == 5
+    assert re.search(r"needs 5\.\d+ GB .* 3\.22 GB are free", caught.value.message)
+    assert "weights 4.83 GB" in caught.value.why
+    assert "smaller quant" in caught.value.hint
+    assert "--force" in caught.value.hint
+    require_fit(chosen, force=True)
+
+
+def test_a_context_that_does_not_fit_is_refused_with_one_that_does():
+    target = machine(8)
+    chosen = plan(target, BIG, Wishes(n_ctx=131072))
+    assert chosen.n_ctx_that_fits is not None
+    with pytest.raises(WillNotFitError) as caught:
+        require_fit(chosen)
+    assert f"--ctx {chosen.n_ctx_that_fits}" in caught.value.hint
+    assert plan(target, BIG, Wishes(n_ctx=chosen.n_ctx_that_fits)).verdict == "fits"
+    assert plan(target, BIG, Wishes(n_ctx=chosen.n_ctx_that_fits + 1024)).verdict != "fits"
+
+
+def test_the_device_that_lacks_memory_is_named():
+    chosen = plan(machine(64, 3), BIG, Wishes(n_gpu_layers="all"))
+    assert chosen.verdict == "does_not_fit"
+    with pytest.raises(WillNotFitError) as caught:
+        require_fit(chosen)
+    assert "GPU0 would have to hold" in caught.value.why
+
+
+SHAPES = [BIG, llama(), *GEMMA4.values(), make_info("brand-new", **LLAMA)]
+WISHES = st.builds(
+    Wishes,
+    n_ctx=st.none() | st.integers(1, 200_000),
+    n_gpu_layers=st.sampled_from(["auto", "all", 0, 5, 99]),
+    type_k=st.sampled_from(["auto", "f16", "f32"]),
+    type_v=st.sampled_from(["auto", "f16"]),
+    flash_attn=st.sampled_from(["auto", "on", "off"]),
+    n_seq=st.integers(1, 4),
+    n_ctx_enough=st.none() | st.integers(1, 50_000),
+)
+AMOUNT = st.floats(0, 40, allow_nan=False)
+RANK = {"does_not_fit": 0, "tight": 1, "fits": 2}
+
+
+def shares_are_within_budget(chosen: Plan) -> bool:
+    return all(share.missing_bytes <= 0 for share in chosen.placement.shares)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SHAPES), WISHES, AMOUNT, st.lists(AMOUNT, max_size=2), st.none() | AMOUNT)
+def test_what_fits_is_within_the_budget(info, wishes, ram, gpus, shared):
+    chosen = plan(machine(ram + 0.01, *gpus, shared=shared), info, wishes)
+    if chosen.verdict != "fits":
+        return
+    assert chosen.estimate.total_bytes <= chosen.budget_bytes
+    assert shares_are_within_budget(chosen)
+    assert chosen.placement.slack_bytes >= 0
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(SHAPES),
+    WISHES,
+    AMOUNT,
+    st.none() | AMOUNT,
+    st.none() | AMOUNT,
+    AMOUNT,
+    AMOUNT,
+)
+def test_more_memory_is_never_worse(info, wishes, ram, gpu, shared, more_ram, more_gpu):
+    def at(ram: float, extra: float) -> Plan:
+        gpus = () if gpu is None else (gpu + extra,)
+        unified = None if shared is None else shared + extra
+        return plan(machine(ram + 0.01, *gpus, shared=unified), info, wishes)
+
+    less, more = at(ram, 0), at(ram + more_ram, more_gpu)
+    assert more.n_ctx >= less.n_ctx
+    assert RANK[more.verdict] >= RANK[less.verdict]
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SHAPES), AMOUNT, st.integers(1, 200_000), st.integers(0, 200_000))
+def test_a_longer_context_is_never_easier(info, ram, n_ctx, more):
+    def verdict(n_ctx: int) -> int:
+        wishes = Wishes(n_ctx=n_ctx, type_k="f16", type_v="f16")
+        return RANK[plan(machine(ram + 0.01), info, wishes).verdict]
+
+    assert verdict(n_ctx + more) <= verdict(n_ctx)
