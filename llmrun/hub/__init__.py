@@ -1,0 +1,1 @@
+"""The model hub: listing, verified download, and the local store."""
