@@ -1,0 +1,83 @@
+"""What a reference resolves to, and what the resolver needs of the hub and the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from llmrun.catalog.choose import QuantChoice
+from llmrun.catalog.entries import CatalogEntry
+from llmrun.hub.bundled import BundledSpec
+from llmrun.hub.types import FileSet, RemoteFile, RepoListing, StoredModel
+
+
+class Lister(Protocol):
+    """The part of the hub that the resolver uses (`hub.client.Hub`)."""
+
+    def listing(self, repo: str, revision: str = "main") -> RepoListing:
+        """Raises NotFoundError, AuthError, HubUnreachableError, DamagedFileError."""
+
+
+class ModelStore(Protocol):
+    """The part of the store that the resolver uses (`hub.store.Store`)."""
+
+    def models(self) -> tuple[StoredModel, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """One model with all that is needed to fetch and run it.
+
+    `reference` is text that a user can type to get this model again. `files` are its file or all
+    its shards in order; for a local model their `path` is the file's name.
+    `repo`, `revision` and `commit` are None for local and bundled models.
+
+    `origin` says who answered: "local" (the user's own path), "cache" (a snapshot in the shared
+    cache, the hub was not asked or did not answer), "hub" (its listing), "bundled" (a file inside
+    a package of the Python index, described by `bundled`).
+    `local_paths` are the places of `files` in the same order when all of them are on disk, else
+    empty; this may be so for every origin.
+    `projector` and `drafter` lie in the same repository, commit or folder as the files.
+    `alternatives` are the models that could have been chosen with a tag, this one included.
+    `notes` are for people: what was decided that they may not expect.
+    """
+
+    reference: str
+    title: str
+    entry: CatalogEntry | None
+    repo: str | None
+    revision: str | None
+    commit: str | None
+    quant: str | None
+    files: tuple[RemoteFile, ...]
+    projector: RemoteFile | None
+    drafter: RemoteFile | None
+    local_paths: tuple[Path, ...]
+    origin: Literal["local", "cache", "bundled", "hub"]
+    alternatives: tuple[QuantChoice, ...] = ()
+    bundled: BundledSpec | None = None
+    notes: tuple[str, ...] = ()
+    licence: str | None = None
+    gated: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files of the model, without projector and drafter."""
+        return sum(file.n_bytes for file in self.files)
+
+    @property
+    def is_on_disk(self) -> bool:
+        return bool(self.local_paths)
+
+    def file_set(self, *, projector: bool = False, drafter: bool = False) -> FileSet:
+        """What to download, as one transaction. Only for models that have a repository."""
+        if self.repo is None or self.commit is None:
+            raise ValueError("this model has no repository")
+        extra = (self.projector if projector else None, self.drafter if drafter else None)
+        return FileSet(
+            repo=self.repo,
+            revision=self.revision or "main",
+            commit=self.commit,
+            files=self.files + tuple(file for file in extra if file is not None),
+        )
