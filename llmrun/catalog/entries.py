@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmrun.catalog.keys import model_key
-from llmrun.hub.bundled import BundledSpec
+from llmrun.hub.types import BundledSpec
 
 Capability = Literal["tools", "vision", "audio", "thinking", "embedding", "rerank"]
 Pooling = Literal["none", "mean", "cls", "last", "rank"]

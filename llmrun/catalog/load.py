@@ -26,7 +26,7 @@ from llmrun.catalog.entries import (
     Sampling,
     Thinking,
 )
-from llmrun.hub.bundled import BundledSpec
+from llmrun.hub.types import BundledSpec
 
 T = TypeVar("T")
 

@@ -45,8 +45,7 @@ from llmrun.errors import (
 )
 from llmrun.gguf.naming import quant_of, role_of
 from llmrun.hub import layout
-from llmrun.hub.bundled import BundledSpec
-from llmrun.hub.types import RemoteFile, RepoListing, StoredFile, StoredModel
+from llmrun.hub.types import BundledSpec, RemoteFile, RepoListing, StoredFile, StoredModel
 from llmrun.text import close_names, format_bytes
 
 N_SHOWN = 12

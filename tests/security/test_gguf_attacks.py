@@ -347,7 +347,7 @@ def test_attack_is_refused(name: str) -> None:
     assert error.hint
     assert error.message.isprintable() and str(error.why).isprintable()
     assert len(str(error.why)) < 500
-    assert len(source.asked) == 1
+    assert sum(n_bytes for _, n_bytes in source.asked) <= source.n_bytes
     # The file's bytes once more, and the small things made while walking.
     assert peak < 2 * source.n_bytes + MIB
 
@@ -365,8 +365,10 @@ def test_attack_is_refused_within_a_huge_remote_file(name: str) -> None:
         assert header.data_offset <= WINDOWS[-1]
     assert sum(n_bytes for _, n_bytes in source.asked) <= WINDOWS[-1]
     assert len(source.asked) <= len(WINDOWS)
-    starts = [offset for offset, _ in source.asked]
-    assert starts == [0, *WINDOWS[: len(starts) - 1]]
+    end = 0
+    for offset, n_bytes in source.asked:
+        assert offset == end
+        end += n_bytes
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 4, 23])

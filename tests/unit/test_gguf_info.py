@@ -145,6 +145,23 @@ class TestShards:
         with pytest.raises(GgufError, match="do not belong together"):
             build_info(headers, 1)
 
+    def test_that_hold_one_tensor_twice(self) -> None:
+        builder = tiny_llama_builder()
+        ours = split_builder(builder, 2)
+        ours[1].specs[-1] = builder.specs[0]
+        again = GgufBuilder(None)
+        again.pairs = ours[1].pairs
+        for spec in ours[1].specs:
+            again.tensor(*spec)
+        headers = [read_header(BytesSource(b.build())) for b in (ours[0], again)]
+        with pytest.raises(GgufError) as caught:
+            build_info(headers, 1)
+        assert "in two of them" in str(caught.value.why)
+
+    def test_none_at_all(self) -> None:
+        with pytest.raises(ValueError, match="no headers"):
+            build_info([], 0)
+
     def test_with_wrong_counts(self) -> None:
         shards = split_builder(tiny_llama_builder(), 2)
         for key, value, type_name in (

@@ -13,8 +13,9 @@ import pytest
 
 from llmrun.errors import DamagedFileError, DiskFullError, HubUnreachableError, LlmrunError
 from llmrun.hub import bundled
-from llmrun.hub.bundled import BundledSpec, fetch_bundled
+from llmrun.hub.bundled import fetch_bundled
 from llmrun.hub.store import Store
+from llmrun.hub.types import BundledSpec
 from tests.fakes.progress import RecordingProgress
 
 DATA = b"GGUF" + bytes(range(256)) * 40
