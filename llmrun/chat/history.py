@@ -1,0 +1,59 @@
+"""Keeps a conversation's tokens stable from turn to turn.
+
+An answer that is tokenized again from its text can split into other tokens than the ones that were
+sampled, and from there on the cache of the conversation would be of no use. So the tokens of the
+last turn are kept, and when the next prompt begins with exactly its text, they are its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmrun.chat.protect import RenderedPrompt, Segment, tokenize_prompt, tokenize_segments
+from llmrun.engine.types import Tokenizer
+
+
+class TokenHistory:
+    """The last turn as text and as tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._prompt: tuple[Segment, ...] = ()
+        self._answer = ""
+        self._tokens: tuple[int, ...] = ()
+
+    def remember(
+        self, prompt: RenderedPrompt, prompt_tokens: Sequence[int], answer_tokens: Sequence[int]
+    ) -> None:
+        """Keep a turn: its prompt, and the sampled tokens without an end token."""
+        answer = b"".join(self._tokenizer.piece(token) for token in answer_tokens)
+        try:
+            self._answer = answer.decode("utf-8")
+        except UnicodeDecodeError:
+            self._prompt = ()
+            return
+        self._prompt = prompt.segments
+        self._tokens = (*prompt_tokens, *answer_tokens)
+
+    def tokenize(self, prompt: RenderedPrompt) -> tuple[int, ...]:
+        """The prompt's tokens, the last turn's where it begins with that."""
+        rest = self._behind_last_turn(prompt)
+        if rest is None:
+            return tokenize_prompt(prompt, self._tokenizer)
+        return (*self._tokens, *tokenize_segments(rest, self._tokenizer, is_start=False))
+
+    def _behind_last_turn(self, prompt: RenderedPrompt) -> list[Segment] | None:
+        """What follows the last turn in `prompt`; None when it does not begin with that turn.
+
+        The answer must lie in one piece of unprotected text: where it spells a special token, the
+        rule of `protect` goes before the cache.
+        """
+        n = len(self._prompt)
+        if n == 0 or len(prompt.segments) < n or prompt.segments[: n - 1] != self._prompt[:-1]:
+            return None
+        old, new = self._prompt[-1], prompt.segments[n - 1]
+        known = old.text + self._answer
+        if old.is_literal or new.is_literal or not new.text.startswith(known):
+            return None
+        rest = Segment(new.text[len(known) :], False)
+        return [*([rest] if rest.text else []), *prompt.segments[n:]]

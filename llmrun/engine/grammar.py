@@ -1,0 +1,39 @@
+"""JSON schema to GBNF, by the converter that ships with the binding."""
+
+from __future__ import annotations
+
+import json
+
+from llmrun.engine.llama import import_binding
+from llmrun.errors import UsageError
+
+_MAX_SCHEMA_BYTES = 256 * 1024
+
+
+def grammar_of_schema(schema_text: str) -> str:
+    """GBNF whose every sentence is JSON valid under the schema.
+
+    Raises UsageError when the text is no JSON, no schema, or uses what the converter cannot say
+    (such as a remote `$ref`).
+    """
+    hint = """--json-schema '{"type": "object", "properties": {"name": {"type": "string"}}}'"""
+    if len(schema_text) > _MAX_SCHEMA_BYTES:
+        raise UsageError(f"the JSON schema is larger than {_MAX_SCHEMA_BYTES} characters")
+    try:
+        schema = json.loads(schema_text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError("the JSON schema is not valid JSON", why=str(error), hint=hint) from error
+    if not isinstance(schema, dict):
+        raise UsageError("a JSON schema is a JSON object", hint=hint)
+    converter = import_binding("llama_grammar")
+    try:
+        return str(converter.json_schema_to_gbnf(json.dumps(schema)))
+    except RecursionError as error:
+        raise UsageError("the JSON schema is nested too deeply") from error
+    except Exception as error:
+        # The converter raises bare KeyError, ValueError, AssertionError, … by the kind of defect.
+        raise UsageError(
+            "the JSON schema cannot be turned into a grammar",
+            why=f"{type(error).__name__}: {error}",
+            hint="use type, properties, required, items, enum, const, anyOf and local $ref",
+        ) from error

@@ -1,0 +1,401 @@
+"""The real backend: llama.cpp through llama-cpp-python's low-level binding.
+
+The only module that imports `llama_cpp`. Pointers are ctypes values of the binding and typed Any.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmrun.engine.backend import Chunk, DecodeResult
+from llmrun.engine.logs import LogSink
+from llmrun.engine.sampling import LlamaSampler
+from llmrun.engine.types import EngineOptions, LoadProgress, ModelFacts, SamplingParams
+from llmrun.engine.vocabulary import LlamaTokenizer
+from llmrun.errors import EngineError, UsageError, WillNotFitError
+
+MIN_BINDING = "0.3.36"
+
+_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
+_FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
+_DONE = DecodeResult.DONE  # an enum's member costs a descriptor call at each access
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+
+# The log is global in llama.cpp, so the sink and the C callback object are too: the library calls
+# them until the process ends.
+_log_sink = LogSink()
+_log_callback: Any = None
+
+
+def import_binding(module: str = "llama_cpp") -> Any:
+    """A module of the llama_cpp package without running the package's `__init__`.
+
+    The `__init__` imports the high-level class with numpy and jinja2 (0.1 s at every start), and
+    installs a logger that prints. What the process imported already is used as it is.
+    """
+    # Both are read when the library loads. Threads that wait for work spin at most this often
+    # (OpenMP), else two busy programs on one machine stop each other; a failed assertion must not
+    # fork a debugger.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    if "llama_cpp" not in sys.modules:
+        spec = importlib.util.find_spec("llama_cpp")
+        if spec is None or spec.submodule_search_locations is None:
+            raise EngineError(
+                "llama-cpp-python is not installed",
+                hint=f"pip install 'llama-cpp-python>={MIN_BINDING}'",
+            )
+        package = types.ModuleType("llama_cpp")
+        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
+        sys.modules["llama_cpp"] = package
+    try:
+        return importlib.import_module(f"llama_cpp.{module}")
+    except (OSError, RuntimeError, AttributeError, ImportError) as error:
+        raise EngineError(
+            "the llama.cpp library cannot be loaded",
+            why=str(error),
+            hint=f"pip install --force-reinstall --no-cache-dir 'llama-cpp-python>={MIN_BINDING}'",
+        ) from error
+
+
+def _library() -> Any:
+    """The binding, initialised, with its log routed to ours."""
+    global _log_callback
+    C = import_binding()
+    if _log_callback is None:
+        _log_callback = C.llama_log_callback(_log_sink.write)
+        C.llama_log_set(_log_callback, None)
+        C.llama_backend_init()
+    return C
+
+
+class LlamaBackend:
+    """One model with one context. See `engine.backend.Backend` for the contract.
+
+    Create with `open_backend`; `close` frees context, then model.
+    """
+
+    def __init__(self, C: Any, model: Any, options: EngineOptions) -> None:
+        """Takes ownership of `model`. Raises WillNotFitError when the context gets no memory."""
+        self._C = C
+        self._model = model
+        self._ctx = None
+        self._vocab = C.llama_model_get_vocab(model)
+        self.tokenizer = LlamaTokenizer(C, self._vocab)
+        self.facts = _read_facts(C, model, self.tokenizer)
+        self._ctx = _create_context(C, model, options, self.facts)
+        self._memory = C.llama_get_memory(self._ctx)
+        if not self._memory:
+            C.llama_free(self._ctx)
+            raise EngineError(
+                "this model does not generate text",
+                why=f"{self.facts.description} has no memory of a sequence",
+            )
+        self.n_ctx: int = C.llama_n_ctx_seq(self._ctx)
+        self.n_batch: int = C.llama_n_batch(self._ctx)
+        self.n_seq_max: int = C.llama_n_seq_max(self._ctx)
+        self.n_outputs_max: int = max(self.n_seq_max, 1)
+        self._decode = C.llama_decode
+        self._rows = _BatchRows(C, self.n_batch)
+        self._install_abort_flag()
+
+    def decode(self, chunks: Sequence[Chunk]) -> DecodeResult:
+        rows = self._rows
+        rows.n_rows = rows.n_outputs = 0
+        for chunk in chunks:
+            self._check_seq(chunk.seq_id)
+            rows.append(chunk)
+        if not 0 < rows.n_rows <= self.n_batch or rows.n_outputs > self.n_outputs_max:
+            raise EngineError(
+                f"a batch of {rows.n_rows} rows with {rows.n_outputs} outputs breaks the "
+                f"context's limits of {self.n_batch} and {self.n_outputs_max}"
+            )
+        rows.batch.n_tokens = rows.n_rows
+        return self._result(self._decode(self._ctx, rows.batch))
+
+    def _result(self, code: int) -> DecodeResult:
+        if code == 0:
+            return DecodeResult.DONE
+        if code == 1:
+            return DecodeResult.FULL
+        if code == 2:
+            return DecodeResult.ABORTED
+        raise EngineError(f"llama.cpp could not decode (code {code})", why=_log_sink.last_reason())
+
+    def decode_one(self, seq_id: int, token: int, pos: int) -> DecodeResult:
+        rows = self._rows
+        rows.token[0] = token
+        rows.pos[0] = pos
+        rows.seq[0] = seq_id
+        rows.logits[0] = 1
+        rows.batch.n_tokens = 1
+        code = self._decode(self._ctx, rows.batch)
+        return _DONE if code == 0 else self._result(code)
+
+    def new_sampler(self, params: SamplingParams, seed: int) -> LlamaSampler:
+        return LlamaSampler(self._C, self._ctx, self._vocab, params, seed)
+
+    def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        self._check_seq(seq_id)
+        return bool(self._C.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+
+    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
+        self._check_seq(source)
+        self._check_seq(target)
+        self._C.llama_memory_seq_cp(self._memory, source, target, p0, p1)
+
+    def seq_pos_min(self, seq_id: int) -> int:
+        self._check_seq(seq_id)
+        return int(self._C.llama_memory_seq_pos_min(self._memory, seq_id))
+
+    def seq_pos_max(self, seq_id: int) -> int:
+        self._check_seq(seq_id)
+        return int(self._C.llama_memory_seq_pos_max(self._memory, seq_id))
+
+    def save_state(self, seq_id: int, *, partial: bool) -> bytes:
+        self._check_seq(seq_id)
+        flags = _PARTIAL_ONLY if partial else 0
+        size = self._C.llama_state_seq_get_size_ext(self._ctx, seq_id, flags)
+        buffer = (ctypes.c_uint8 * size)()
+        n = self._C.llama_state_seq_get_data_ext(self._ctx, buffer, size, seq_id, flags)
+        return bytes(memoryview(buffer)[:n])
+
+    def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
+        self._check_seq(seq_id)
+        flags = _PARTIAL_ONLY if partial else 0
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        n = self._C.llama_state_seq_set_data_ext(self._ctx, buffer, len(state), seq_id, flags)
+        return bool(n)
+
+    def set_threads(self, n_threads: int, n_threads_batch: int) -> None:
+        self._C.llama_set_n_threads(self._ctx, n_threads, n_threads_batch)
+
+    def request_abort(self) -> None:
+        self._abort_flag[0] = b"\x01"
+
+    def clear_abort(self) -> None:
+        self._abort_flag[0] = b"\x00"
+
+    def close(self) -> None:
+        if self._ctx is not None:
+            self._C.llama_free(self._ctx)
+            self._ctx = None
+        if self._model is not None:
+            self._C.llama_model_free(self._model)
+            self._model = None
+
+    def _check_seq(self, seq_id: int) -> None:
+        # The library aborts the process for some of these, and takes others silently.
+        if not 0 <= seq_id < self.n_seq_max:
+            raise EngineError(f"sequence {seq_id} is outside 0…{self.n_seq_max - 1}")
+
+    def _install_abort_flag(self) -> None:
+        # llama.cpp polls the callback hundreds of times a token. `strlen` of a one-byte flag is
+        # such a callback without Python and its lock: it returns 0 (go on) or 1 (stop). Back ends
+        # other than the CPU do not poll; there a step's 512 rows bound the wait.
+        libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        self._abort_flag = ctypes.create_string_buffer(2)
+        self._abort_callback = ctypes.cast(libc.strlen, self._C.ggml_abort_callback)
+        self._C.llama_set_abort_callback(
+            self._ctx, self._abort_callback, ctypes.cast(self._abort_flag, ctypes.c_void_p)
+        )
+
+
+class _BatchRows:
+    """The arrays of one llama_batch, filled in place."""
+
+    def __init__(self, C: Any, capacity: int) -> None:
+        self._capacity = capacity
+        self.token = (ctypes.c_int32 * capacity)()
+        self.pos = (ctypes.c_int32 * capacity)()
+        self.seq = (ctypes.c_int32 * capacity)()
+        self.logits = (ctypes.c_int8 * capacity)()
+        self._n_seq = (ctypes.c_int32 * capacity)(*([1] * capacity))
+        int_pointer = ctypes.POINTER(ctypes.c_int32)
+        start = ctypes.addressof(self.seq)
+        self._seq_pointers = (int_pointer * capacity)(
+            *(ctypes.cast(start + 4 * row, int_pointer) for row in range(capacity))
+        )
+        self.batch = C.llama_batch(
+            0, self.token, None, self.pos, self._n_seq, self._seq_pointers, self.logits
+        )
+        self.n_rows = 0
+        self.n_outputs = 0
+
+    def append(self, chunk: Chunk) -> None:
+        first = self.n_rows
+        n = len(chunk.tokens)
+        if not 0 <= chunk.n_outputs <= n:
+            raise EngineError(f"a chunk of {n} tokens cannot have {chunk.n_outputs} outputs")
+        self.n_rows = first + n
+        self.n_outputs += chunk.n_outputs
+        if self.n_rows > self._capacity:
+            raise EngineError(f"a batch holds {self._capacity} rows, not {self.n_rows}")
+        if n == 1:
+            self.token[first] = chunk.tokens[0]
+            self.pos[first] = chunk.pos
+            self.seq[first] = chunk.seq_id
+            self.logits[first] = chunk.n_outputs
+            return
+        self._copy(self.token, first, array.array("i", chunk.tokens))
+        self._copy(self.pos, first, array.array("i", range(chunk.pos, chunk.pos + n)))
+        self._copy(self.seq, first, array.array("i", [chunk.seq_id]) * n)
+        ctypes.memset(ctypes.addressof(self.logits) + first, 0, n)
+        for row in range(self.n_rows - chunk.n_outputs, self.n_rows):
+            self.logits[row] = 1
+
+    def _copy(self, target: Any, first: int, values: array.array[int]) -> None:
+        address, n = values.buffer_info()
+        ctypes.memmove(ctypes.addressof(target) + 4 * first, address, 4 * n)
+
+
+def open_backend(
+    path: Path, options: EngineOptions, *, on_progress: LoadProgress | None = None
+) -> LlamaBackend:
+    """Load `path` (the first shard of a split model) and create its context.
+
+    The file's header must have passed `llmrun.gguf` before. Raises EngineError when llama.cpp
+    refuses the file, WillNotFitError when memory is short, KeyboardInterrupt when the user stops
+    the load.
+    """
+    _check_options(options)
+    C = _library()
+    params = C.llama_model_default_params()
+    params.n_gpu_layers = options.n_gpu_layers
+    params.check_tensors = options.check_tensors
+    params.use_extra_bufts = options.use_repack
+    if not options.use_mmap:
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE
+    watch = _LoadWatch(on_progress)
+    params.progress_callback = callback = C.llama_progress_callback(watch.update)
+    _log_sink.recent.clear()
+    model = C.llama_model_load_from_file(os.fsencode(path), params)
+    del callback
+    if watch.stopped_by is not None:
+        if model:
+            C.llama_model_free(model)
+        raise watch.stopped_by
+    if not model:
+        why = _log_sink.last_reason()
+        if why and "alloc" in why:
+            raise WillNotFitError(
+                f"not enough memory to load {path.name}",
+                why=why,
+                hint="use a smaller quant, or fewer layers on the GPU: --gpu-layers 0",
+            )
+        raise EngineError(f"llama.cpp cannot load {path.name}", why=why)
+    try:
+        return LlamaBackend(C, model, options)
+    except BaseException:
+        C.llama_model_free(model)
+        raise
+
+
+class _LoadWatch:
+    """Progress of a load. A Python signal handler can run inside the callback, so everything is
+    caught there and raised again once the C call is back."""
+
+    def __init__(self, on_progress: LoadProgress | None) -> None:
+        self._on_progress = on_progress
+        self.stopped_by: BaseException | None = None
+
+    def update(self, progress: float, _user: Any) -> bool:
+        if self.stopped_by is not None:
+            return False
+        try:
+            if self._on_progress is not None and not self._on_progress(progress):
+                self.stopped_by = KeyboardInterrupt()
+        except BaseException as error:  # noqa: BLE001 - raised again by open_backend
+            self.stopped_by = error
+        return self.stopped_by is None
+
+
+def _create_context(C: Any, model: Any, options: EngineOptions, facts: ModelFacts) -> Any:
+    params = C.llama_context_default_params()
+    params.n_ctx = options.n_ctx
+    # One batch is one micro-batch, so that a stop never waits for more than one.
+    params.n_batch = params.n_ubatch = options.n_ubatch
+    params.n_seq_max = options.n_seq_max
+    # A batch's logits cost n_vocab floats a row: only as many rows as can be sampled in one step.
+    params.n_outputs_max = options.n_seq_max
+    n_threads = options.n_threads or default_threads()
+    params.n_threads = n_threads
+    params.n_threads_batch = options.n_threads_batch or n_threads
+    params.flash_attn_type = _FLASH_ATTN[options.flash_attn]
+    params.type_k = _KV_TYPES[options.type_k]
+    params.type_v = _KV_TYPES[options.type_v]
+    # Window layers keep only their window (the default keeps all: up to ten times the memory);
+    # `prefix_cache.window_allows` is the rule that this asks for.
+    params.swa_full = False
+    params.kv_unified = True
+    _log_sink.recent.clear()
+    ctx = C.llama_init_from_model(model, params)
+    if not ctx:
+        why = _log_sink.last_reason()
+        if why is None or "alloc" in why:
+            raise WillNotFitError(
+                f"no memory for a context of {options.n_ctx} tokens",
+                why=why,
+                hint=f"pass --ctx {max(512, options.n_ctx // 2)}",
+            )
+        raise EngineError("llama.cpp cannot create this context", why=why)
+    return ctx
+
+
+def _check_options(options: EngineOptions) -> None:
+    if options.n_ctx < 1:
+        raise UsageError("the context must have at least one token", hint="pass --ctx 4096")
+    if not 1 <= options.n_seq_max <= _MAX_SEQUENCES:
+        raise UsageError(f"{options.n_seq_max} sequences: 1 to {_MAX_SEQUENCES} are possible")
+    if options.n_ubatch < options.n_seq_max:
+        # Each running sequence needs its row in every step.
+        raise UsageError(f"n_ubatch {options.n_ubatch} is below n_seq_max {options.n_seq_max}")
+    if options.flash_attn == "off" and options.type_v not in ("f16", "f32", "bf16"):
+        raise UsageError(
+            f"a {options.type_v} V cache needs FlashAttention",
+            hint="drop --flash-attn off, or pass --kv-type f16",
+        )
+
+
+def default_threads() -> int:
+    """Processors this process may run on. The planner knows better; this is for bare use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+def _read_facts(C: Any, model: Any, tokenizer: LlamaTokenizer) -> ModelFacts:
+    vocab = C.llama_model_get_vocab(model)
+    buffer = ctypes.create_string_buffer(256)
+    C.llama_model_desc(model, buffer, len(buffer))
+    template = C.llama_model_chat_template(model, None)
+
+    def special_text(token: int) -> str:
+        return tokenizer.piece(token).decode("utf-8", "replace") if token >= 0 else ""
+
+    return ModelFacts(
+        description=buffer.value.decode("utf-8", "replace"),
+        n_params=C.llama_model_n_params(model),
+        n_bytes=C.llama_model_size(model),
+        n_ctx_train=C.llama_model_n_ctx_train(model),
+        n_embd=C.llama_model_n_embd(model),
+        n_layers=C.llama_model_n_layer(model),
+        n_vocab=tokenizer.n_vocab,
+        n_swa=C.llama_model_n_swa(model),
+        is_recurrent=C.llama_model_is_recurrent(model),
+        is_hybrid=C.llama_model_is_hybrid(model),
+        chat_template=template.decode("utf-8", "replace") if template else None,
+        bos_text=special_text(C.llama_vocab_bos(vocab)),
+        eos_text=special_text(C.llama_vocab_eos(vocab)),
+    )

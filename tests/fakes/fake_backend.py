@@ -1,0 +1,358 @@
+"""A Backend without a model: the next token is a function of what is in the sequence's cache.
+
+Every cell keeps a value computed from the cell before it, so that a token at a wrong place, a
+missing one, or one out of a forgotten window changes all that follows: any slip of the engine's
+bookkeeping shows as a wrong token. `ideal_answer` says what a request must give.
+
+It is strict: a call that the real library would abort on, or silently take wrong, is kept in
+`violations` and raises. Slowness, failures and aborts come from `on_decode`; steps wait while a
+test holds `ready`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from llmrun.engine.backend import Chunk, DecodeResult
+from llmrun.engine.types import ModelFacts, Request, SamplingParams
+from llmrun.errors import UsageError
+from tests.fakes.fake_engine import fake_facts
+from tests.fakes.fake_tokenizer import FakeTokenizer
+
+NextToken = Callable[[tuple[int, ...]], int]
+BAD_GRAMMAR = "bad"
+FAILING_GRAMMAR = "fails on the third token"
+
+
+def hash_token(tokens: tuple[int, ...]) -> int:
+    """A byte or, one time in 32, an end token of the default FakeTokenizer."""
+    digest = hashlib.blake2b(repr(tokens).encode(), digest_size=2).digest()
+    return 257 if digest[0] < 8 else digest[1]
+
+
+def endless_token(tokens: tuple[int, ...]) -> int:
+    """Printable ASCII without end."""
+    return 33 + hashlib.blake2b(repr(tokens).encode(), digest_size=1).digest()[0] % 90
+
+
+def scripted(answer: bytes | Sequence[int], n_prompt: int) -> NextToken:
+    """After a prompt of `n_prompt` tokens the model says `answer`, then ends."""
+    tokens = [*answer, 257]
+    return lambda held: tokens[min(len(held) - n_prompt, len(tokens) - 1)]
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """One place of the cache. `value` is -1 once the chain is broken: all after it is garbage."""
+
+    pos: int
+    token: int
+    value: int
+    owners: set[int]
+    in_window: bool = True
+
+
+class Violation(AssertionError):
+    """The engine called the backend in a way that the library forbids."""
+
+
+class FakeSampler:
+    def __init__(self, backend: FakeBackend, params: SamplingParams, seed: int) -> None:
+        self._backend = backend
+        self._params = params
+        self.seed = seed
+        self.accepted: list[int] = []
+        self.n_sampled = 0
+        self.closed = False
+
+    def sample(self, row: int) -> int:
+        backend = self._backend
+        backend.check_thread()
+        backend.require(not self.closed, "a closed sampler was used")
+        backend.require(row in backend.rows, f"row {row} has no logits (or was sampled before)")
+        self.n_sampled += 1
+        if self._params.grammar == FAILING_GRAMMAR and self.n_sampled == 3:
+            from llmrun.errors import EngineError
+
+            raise EngineError("the grammar allows no token")
+        return backend.rows.pop(row)
+
+    def accept(self, token: int) -> None:
+        self._backend.check_thread()
+        self.accepted.append(token)
+
+    def close(self) -> None:
+        self._backend.check_thread()
+        self._backend.require(not self.closed, "a sampler was closed twice")
+        self.closed = True
+        self._backend.open_samplers.remove(self)
+
+
+class FakeBackend:
+    """Implements `engine.backend.Backend`.
+
+    `n_swa`: cells that no longer lie in a window of this size are forgotten at once, except the
+    last `slack` of them; what is computed without a forgotten cell is wrong from there on.
+    `recurrent`: a tail cannot be removed, and an abort leaves the state spoilt.
+    `on_decode(step, chunks)` runs before each step in the engine's thread: it may raise, submit,
+    cancel, or call `request_abort`, after which the step is aborted with `n_kept(n_rows)` rows
+    computed. `next_token` is given the tokens of the sequence up to the row.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_ctx: int = 64,
+        n_seq_max: int = 1,
+        n_batch: int = 8,
+        n_outputs_max: int | None = None,
+        n_swa: int = 0,
+        slack: int = 0,
+        recurrent: bool = False,
+        next_token: NextToken = hash_token,
+        on_decode: Callable[[int, Sequence[Chunk]], None] | None = None,
+        n_kept: Callable[[int], int] = lambda n_rows: 0,
+        tokenizer: FakeTokenizer | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer or FakeTokenizer()
+        self.facts: ModelFacts = fake_facts(
+            n_vocab=self.tokenizer.n_vocab, n_swa=n_swa, is_recurrent=recurrent
+        )
+        self.n_ctx = n_ctx
+        self.n_batch = n_batch
+        self.n_seq_max = n_seq_max
+        self.n_outputs_max = n_outputs_max or n_seq_max
+        self.next_token = next_token
+        self.on_decode = on_decode
+        self.n_kept = n_kept
+        self.rows: dict[int, int] = {}
+        self.n_steps = 0
+        self.batches: list[list[Chunk]] = []
+        self.results: list[DecodeResult] = []
+        self.open_samplers: list[FakeSampler] = []
+        self.samplers: list[FakeSampler] = []
+        self.violations: list[str] = []
+        self.threads: tuple[int, int] | None = None
+        self.n_closed = 0
+        self.ready = threading.Event()
+        self.ready.set()
+        self._slack = slack
+        self._recurrent = recurrent
+        self._cells: list[Cell] = []
+        self._thread: int | None = None
+        self._abort = threading.Event()
+
+    # ---- checks
+
+    def require(self, ok: bool, what: str) -> None:
+        if not ok:
+            self.violations.append(what)
+            raise Violation(what)
+
+    def check_thread(self) -> None:
+        """All calls come from one thread, and none after close."""
+        me = threading.get_ident()
+        self._thread = self._thread or me
+        self.require(me == self._thread, "called from a second thread")
+        self.require(self.n_closed == 0, "called after close")
+
+    def _check_seq(self, seq_id: int) -> None:
+        self.check_thread()
+        self.require(0 <= seq_id < self.n_seq_max, f"sequence {seq_id} does not exist")
+
+    def held(self, seq_id: int) -> list[int]:
+        """The tokens in the sequence's cache, in order. For tests, from any thread."""
+        return [cell.token for cell in self._of(seq_id)]
+
+    def _of(self, seq_id: int) -> list[Cell]:
+        cells = [cell for cell in self._cells if seq_id in cell.owners]
+        return sorted(cells, key=lambda cell: cell.pos)
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """No step is computed inside, so that all that is submitted here comes together."""
+        self.ready.clear()
+        try:
+            yield
+        finally:
+            self.ready.set()
+
+    # ---- the protocol
+
+    def decode(self, chunks: Sequence[Chunk]) -> DecodeResult:
+        self.check_thread()
+        self._check_batch(chunks)
+        self.batches.append(list(chunks))
+        self.rows = {}
+        self.require(self.ready.wait(60), "the test never let the engine go on")
+        if self.on_decode is not None:
+            self.on_decode(self.n_steps, chunks)
+        self.n_steps += 1
+        result = self._decode(chunks)
+        self.results.append(result)
+        return result
+
+    def decode_one(self, seq_id: int, token: int, pos: int) -> DecodeResult:
+        return self.decode([Chunk(seq_id, [token], pos, 1)])
+
+    def _check_batch(self, chunks: Sequence[Chunk]) -> None:
+        n_rows = sum(len(chunk.tokens) for chunk in chunks)
+        n_outputs = sum(chunk.n_outputs for chunk in chunks)
+        self.require(0 < n_rows <= self.n_batch, f"{n_rows} rows in a batch of {self.n_batch}")
+        self.require(n_outputs <= self.n_outputs_max, f"{n_outputs} > {self.n_outputs_max} outputs")
+        seq_ids = [chunk.seq_id for chunk in chunks]
+        self.require(len(set(seq_ids)) == len(seq_ids), "a sequence twice in one batch")
+        for chunk in chunks:
+            self._check_seq(chunk.seq_id)
+            expected = self.seq_pos_max(chunk.seq_id) + 1
+            self.require(chunk.pos == expected, f"position {chunk.pos}, not {expected}")
+            self.require(0 <= chunk.n_outputs <= len(chunk.tokens), "more outputs than tokens")
+            self.require(len(chunk.tokens) > 0, "an empty chunk")
+            in_range = all(0 <= token < self.facts.n_vocab for token in chunk.tokens)
+            self.require(in_range, "a token outside the vocabulary")
+
+    def _decode(self, chunks: Sequence[Chunk]) -> DecodeResult:
+        n_rows = sum(len(chunk.tokens) for chunk in chunks)
+        if len(self._cells) + n_rows > self.n_ctx:
+            return DecodeResult.FULL
+        aborted = self._abort.is_set()
+        n_left = min(self.n_kept(n_rows), n_rows) if aborted else n_rows
+        row = 0
+        for chunk in chunks:
+            for i, token in enumerate(chunk.tokens):
+                if n_left == 0:
+                    break
+                value = self._append(chunk.seq_id, token, chunk.pos + i)
+                if not aborted and i >= len(chunk.tokens) - chunk.n_outputs:
+                    self.rows[row] = self._choose(chunk.seq_id, value)
+                row += 1
+                n_left -= 1
+        if aborted and self._recurrent:
+            for chunk in chunks:
+                for cell in self._of(chunk.seq_id):
+                    cell.value = -1
+        return DecodeResult.ABORTED if aborted else DecodeResult.DONE
+
+    def _append(self, seq_id: int, token: int, pos: int) -> int:
+        n_swa = self.facts.n_swa
+        before = self._of(seq_id)
+        value = before[-1].value if before else 0
+        if n_swa and not all(cell.in_window for cell in before if cell.pos > pos - n_swa):
+            value = -1  # attends to a cell that is gone
+        if [cell.pos for cell in before] != list(range(pos)):
+            value = -1
+        value = -1 if value == -1 else hash((value, token, pos)) & 0xFFFFFFFF
+        self._cells.append(Cell(pos, token, value, {seq_id}))
+        if n_swa:
+            self._forget()
+        return value
+
+    def _forget(self) -> None:
+        last = {seq_id: self.seq_pos_max(seq_id) for seq_id in range(self.n_seq_max)}
+        keep = self.facts.n_swa + self._slack
+        for cell in self._cells:
+            if all(cell.pos <= last[owner] - keep for owner in cell.owners):
+                cell.in_window = False
+
+    def _choose(self, seq_id: int, value: int) -> int:
+        if value == -1:
+            return 35  # garbage: an answer of ######
+        return self.next_token(tuple(self.held(seq_id)))
+
+    def new_sampler(self, params: SamplingParams, seed: int) -> FakeSampler:
+        self.check_thread()
+        if params.grammar == BAD_GRAMMAR:
+            raise UsageError("the grammar cannot be used")
+        sampler = FakeSampler(self, params, seed)
+        self.open_samplers.append(sampler)
+        self.samplers.append(sampler)
+        return sampler
+
+    def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        self._check_seq(seq_id)
+        self.require(p1 == -1, "only tails are removed")
+        cells = self._of(seq_id)
+        gone = [cell for cell in cells if cell.pos >= p0]
+        if self._recurrent and gone and len(gone) < len(cells):
+            return False
+        for cell in gone:
+            cell.owners.discard(seq_id)
+            if not cell.owners:
+                self._cells.remove(cell)
+        return True
+
+    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
+        self._check_seq(source)
+        self._check_seq(target)
+        self.require(not self._recurrent, "a recurrent state has no part to copy")
+        self.require(source != target and not self._of(target), "the target must be empty")
+        cells = [cell for cell in self._of(source) if p0 <= cell.pos < p1]
+        self.require(p0 == 0 and len(cells) == p1, "the source does not hold what is copied")
+        for cell in cells:
+            cell.owners.add(target)
+
+    def seq_pos_min(self, seq_id: int) -> int:
+        self._check_seq(seq_id)
+        return min((cell.pos for cell in self._of(seq_id) if cell.in_window), default=-1)
+
+    def seq_pos_max(self, seq_id: int) -> int:
+        self._check_seq(seq_id)
+        return max((cell.pos for cell in self._of(seq_id)), default=-1)
+
+    def save_state(self, seq_id: int, *, partial: bool) -> bytes:
+        self._check_seq(seq_id)
+        cells = [(cell.pos, cell.token, cell.value) for cell in self._of(seq_id)]
+        return json.dumps(cells).encode()
+
+    def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
+        self._check_seq(seq_id)
+        try:
+            cells = json.loads(state)
+        except ValueError:
+            return False
+        self.seq_rm(seq_id, -1, -1)
+        self._cells += [Cell(pos, token, value, {seq_id}) for pos, token, value in cells]
+        return True
+
+    def set_threads(self, n_threads: int, n_threads_batch: int) -> None:
+        self.check_thread()
+        self.threads = (n_threads, n_threads_batch)
+
+    def request_abort(self) -> None:
+        self._abort.set()
+
+    def clear_abort(self) -> None:
+        self.check_thread()
+        self._abort.clear()
+
+    def close(self) -> None:
+        self.check_thread()
+        self.require(not self.open_samplers, "samplers were left open")
+        self.n_closed += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ideal:
+    """What a request gives on an engine of its own."""
+
+    tokens: tuple[int, ...]
+    reason: str
+
+
+def ideal_answer(request: Request, n_ctx: int, next_token: NextToken = hash_token) -> Ideal:
+    """By the definition, without any engine: no cache, no batches. For requests without stops."""
+    tokenizer = FakeTokenizer()
+    tokens = list(request.prompt)
+    while True:
+        n_sampled = len(tokens) - len(request.prompt)
+        if len(tokens) > n_ctx or n_sampled == request.max_tokens:
+            return Ideal(tuple(tokens[len(request.prompt) :]), "length")
+        token = next_token(tuple(tokens))
+        if tokenizer.is_eog(token) and not request.ignore_eog:
+            return Ideal(tuple(tokens[len(request.prompt) :]), "stop")
+        tokens.append(token)
