@@ -1,0 +1,1 @@
+"""Terminal output shared by cli, repl and bench."""
