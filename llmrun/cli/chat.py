@@ -1,0 +1,205 @@
+"""`llmrun chat`: opens a model and hands it to the interactive session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmrun.cli.options import Invocation, OptionalModelArgument, register
+from llmrun.errors import LlmrunError, NotFoundError, UsageError
+from llmrun.text import format_bytes
+
+if TYPE_CHECKING:
+    from llmrun.catalog.entries import CatalogEntry
+    from llmrun.chat.session import ChatSession
+    from llmrun.chat.store import Conversation, SessionStore
+    from llmrun.cli.open_model import OpenModel
+    from llmrun.engine.types import EngineLike
+
+# A recommended model may take this share of the memory that is free, so that its context, other
+# programs and speed have room as well.
+_SHARE_OF_MEMORY = 0.5
+
+
+def chat(
+    invocation: Invocation,
+    model: OptionalModelArgument = None,
+    continue_: Annotated[
+        bool, typer.Option("--continue", "-c", help="Go on with the last conversation.")
+    ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="ID", help="Go on with this saved conversation."),
+    ] = None,
+) -> int:
+    """Talk to a model. Without MODEL: the configured one, else the last used."""
+    from llmrun.chat.store import SessionStore
+
+    if invocation.settings.json:
+        raise UsageError(
+            "chat is a session for people and has no --json",
+            hint='llmrun run MODEL "your question" --json',
+        )
+    if continue_ and resume is not None:
+        raise UsageError("--continue and --resume cannot both be given")
+    saver = SessionStore(invocation.environment.state_dir)
+    conversation = saver.resume(resume) if resume else saver.latest() if continue_ else None
+    text = model or (conversation.model if conversation else None) or default_model(invocation)
+    models = _Models(invocation)
+    try:
+        session = models.open(text, conversation)
+        return _talk(invocation, session, models, text, saver, conversation)
+    finally:
+        models.close()
+
+
+def _talk(
+    invocation: Invocation,
+    session: ChatSession,
+    models: _Models,
+    title: str,
+    saver: SessionStore,
+    conversation: Conversation | None,
+) -> int:
+    from llmrun.repl.loop import Repl
+    from llmrun.repl.prompt import make_line_reader
+
+    settings, output, environment = (
+        invocation.settings,
+        invocation.output,
+        invocation.environment,
+    )
+    shows_markdown = settings.markdown is not False and environment.stdout_is_tty
+    repl = Repl(
+        session,
+        console=output.stdout,
+        err_console=output.stderr,
+        model_title=title,
+        switch_model=models.switch,
+        list_models=models.names,
+        saver=saver,
+        conversation=conversation,
+        show_markdown=shows_markdown,
+        think_mode="off" if settings.think is False else "hide" if settings.hide_thinking else "on",
+    )
+    reader = make_line_reader(
+        history_path=environment.state_dir / "history",
+        complete=repl.complete,
+        environ=environment.environ,
+        stdin=environment.stdin,
+        err=environment.stderr,
+    )
+    return repl.run(reader)
+
+
+@dataclass(slots=True)
+class _Models:
+    """The engine that is open, and how to get another one."""
+
+    invocation: Invocation
+    engine: EngineLike | None = None
+    session: ChatSession | None = None
+
+    def open(self, text: str, conversation: Conversation | None = None) -> ChatSession:
+        from llmrun.chat.session import ChatSession
+        from llmrun.cli.open_model import open_model
+
+        settings = self.invocation.settings
+        opened: OpenModel = open_model(self.invocation, text)
+        self.engine = opened.engine
+        self.session = ChatSession(
+            opened.engine,
+            system=settings.system,
+            sampling=opened.sampling,
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+            enable_thinking=settings.think,
+            messages=conversation.messages if conversation is not None else (),
+        )
+        return self.session
+
+    def switch(self, text: str) -> ChatSession:
+        """A session on another model. The old engine is closed once the new one stands, so that a
+        failure leaves the old session usable."""
+        old = self.engine
+        session = self.open(text)
+        if old is not None:
+            old.close()
+        return session
+
+    def names(self) -> list[str]:
+        stored = self.invocation.services.store().models()
+        return [model.reference for model in stored if model.state == "complete"]
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        if self.engine is not None:
+            self.engine.close()
+
+
+def default_model(invocation: Invocation) -> str:
+    """The configured model, else the last used one that is still here, else a recommendation that
+    the person agreed to. Raises NotFoundError when they did not, UsageError when nobody is there
+    to ask."""
+    configured = invocation.settings.model
+    if configured:
+        return configured
+    last = _last_used(invocation)
+    if last is not None:
+        return last
+    entry = recommend(invocation)
+    hint = "llmrun chat smollm2-135m"
+    if entry is None:
+        raise NotFoundError("no model is named, and none was used before", hint=hint)
+    size = f" ({format_bytes(entry.n_bytes)})" if entry.n_bytes else ""
+    question = f"No model yet. {entry.title}{size} fits this machine. Download it?"
+    try:
+        agreed = invocation.output.confirm(question)
+    except UsageError as error:
+        raise UsageError(
+            "no model is named, and none was used before",
+            why=f"{entry.name}{size} would fit this machine",
+            hint=f"llmrun chat {entry.name}, or pass --yes",
+        ) from error
+    if not agreed:
+        raise NotFoundError("no model was chosen", hint=hint)
+    return entry.name
+
+
+def _last_used(invocation: Invocation) -> str | None:
+    store = invocation.services.store()
+    last = store.last_used()
+    if last is None:
+        return None
+    for model in store.models():
+        names = {model.reference, *(str(file.local_path) for file in model.files)}
+        if last in names and model.state == "complete":
+            return model.reference
+    return last if Path(last).is_file() else None
+
+
+def recommend(invocation: Invocation) -> CatalogEntry | None:
+    """The catalog's largest chat model that leaves half of the free memory; None where the memory
+    cannot be read or nothing fits."""
+    try:
+        memory = invocation.services.machine().memory
+    except LlmrunError:
+        return None
+    budget = memory.available_bytes * _SHARE_OF_MEMORY
+    fitting = [
+        entry
+        for entry in invocation.services.catalog().entries()
+        if entry.n_bytes is not None
+        and entry.n_bytes <= budget
+        and not entry.has("embedding")
+        and not entry.has("rerank")
+    ]
+    return max(fitting, key=lambda entry: (entry.n_params or 0, entry.n_bytes or 0), default=None)
+
+
+def add_to(app: typer.Typer) -> None:
+    register(app, "chat", chat, "hub", "load", "sampling", "prompt", "chat")

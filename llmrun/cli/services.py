@@ -1,0 +1,88 @@
+"""What the commands work with, made on first use so that `--help` imports none of it.
+
+Tests pass a subclass to `cli.app.main` that overrides one of the methods.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmrun.config import Environment
+
+if TYPE_CHECKING:
+    from llmrun.catalog.entries import Catalog
+    from llmrun.engine.types import EngineLike, EngineOptions, LoadProgress
+    from llmrun.gguf.types import ModelInfo
+    from llmrun.hardware.machine import Machine
+    from llmrun.hub.client import Hub
+    from llmrun.hub.store import Store
+
+
+class Services:
+    """The hub, the store, the catalog, the machine and the engine of one run of the program."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self._hubs: dict[bool, Hub] = {}
+
+    @property
+    def hub_cache(self) -> Path:
+        """The folder that all tools of the hub share."""
+        from llmrun.hub import layout
+
+        return layout.cache_dir(self.environment.environ)
+
+    def hub(self, *, offline: bool) -> Hub:
+        if offline not in self._hubs:
+            from llmrun.hub.client import Hub
+
+            self._hubs[offline] = Hub(offline=offline, cache=self.hub_cache)
+        return self._hubs[offline]
+
+    def store(self) -> Store:
+        from llmrun.hub.store import Store
+
+        return Store(self.hub_cache, self.environment.data_dir, self.environment.state_dir)
+
+    def catalog(self) -> Catalog:
+        from llmrun.catalog.load import load_catalog
+
+        return load_catalog()
+
+    def machine(self) -> Machine:
+        from llmrun.hardware.probe import detect_machine
+
+        return detect_machine()
+
+    def open_engine(
+        self,
+        paths: Sequence[Path],
+        options: EngineOptions,
+        info: ModelInfo,
+        on_progress: LoadProgress | None = None,
+    ) -> EngineLike:
+        """Load a model whose header is `info`. Raises EngineError, WillNotFitError."""
+        from llmrun.engine.loop import Engine
+
+        return Engine.open(paths, options, info=info, on_progress=on_progress)
+
+    def grammar_of_schema(self, schema_text: str) -> str:
+        """GBNF of a JSON schema. Raises UsageError."""
+        from llmrun.engine.grammar import grammar_of_schema
+
+        return grammar_of_schema(schema_text)
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def known_names(self) -> list[str]:
+        """Names for shell completion: stored models, then the catalog."""
+        stored = [model.reference for model in self.store().models() if model.state == "complete"]
+        return [*dict.fromkeys([*stored, *self.catalog().all_names()])]
+
+    def close(self) -> None:
+        """End of the run."""
