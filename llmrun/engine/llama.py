@@ -10,8 +10,10 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import struct
 import sys
 import types
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 _DONE = DecodeResult.DONE  # an enum's member costs a descriptor call at each access
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+
+# In front of a saved state: the library believes positions and sizes in a damaged one.
+_STATE_HEAD = struct.Struct("<8sIQ")  # magic, CRC-32 and length of what follows
+_STATE_MAGIC = b"llmrunS1"
 
 # The log is global in llama.cpp, so the sink and the C callback object are too: the library calls
 # them until the process ends.
@@ -169,14 +175,22 @@ class LlamaBackend:
         size = self._C.llama_state_seq_get_size_ext(self._ctx, seq_id, flags)
         buffer = (ctypes.c_uint8 * size)()
         n = self._C.llama_state_seq_get_data_ext(self._ctx, buffer, size, seq_id, flags)
-        return bytes(memoryview(buffer)[:n])
+        data = memoryview(buffer)[:n]
+        return _STATE_HEAD.pack(_STATE_MAGIC, zlib.crc32(data), n) + data
 
     def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
         self._check_seq(seq_id)
         flags = _PARTIAL_ONLY if partial else 0
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        n = self._C.llama_state_seq_set_data_ext(self._ctx, buffer, len(state), seq_id, flags)
-        return bool(n)
+        data = memoryview(state)[_STATE_HEAD.size :]
+        head = _STATE_HEAD.pack(_STATE_MAGIC, zlib.crc32(data), len(data))
+        if state[: _STATE_HEAD.size] != head:
+            return False
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        if self._C.llama_state_seq_set_data_ext(self._ctx, buffer, len(data), seq_id, flags):
+            return True
+        if not partial:
+            self.seq_rm(seq_id, -1, -1)
+        return False
 
     def set_threads(self, n_threads: int, n_threads_batch: int) -> None:
         self._C.llama_set_n_threads(self._ctx, n_threads, n_threads_batch)

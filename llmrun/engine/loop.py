@@ -7,6 +7,7 @@ each sequence that got logits, and hands out finished text. Everything a caller 
 
 from __future__ import annotations
 
+import atexit
 import queue
 import secrets
 import threading
@@ -76,7 +77,10 @@ class Engine:
         self._lock = threading.Lock()
         self._closed = False
         self._failure: BaseException | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmrun-engine", daemon=True)
+        # Python's exit under a running decode takes the library's memory from below it.
+        atexit.register(self.close)
         self._thread.start()
 
     @classmethod
@@ -149,7 +153,9 @@ class Engine:
             self._inbox.put(None)
             self._backend.request_abort()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            # Not `join`: interrupted by Ctrl-C once, it takes the thread for ended from then on.
+            self._ended.wait()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -174,6 +180,7 @@ class Engine:
             self._failure = error
         finally:
             self._shut_down()
+            self._ended.set()
 
     def _take_requests(self, active: list[Sequence]) -> bool:
         """Collect new requests; waits for one when there is nothing to do. False: close."""
@@ -381,8 +388,8 @@ class Engine:
     def _make_room(self, active: list[Sequence]) -> None:
         """The cache is full: give up idle slots, then the newest prompt, then the newest answer.
 
-        A request that loses its cells keeps its answer so far and its sampler; it is read again
-        once another has finished. Waiting that long is what lets the others come to an end.
+        A request that loses its slot keeps its answer so far and its sampler; it goes on once
+        another has finished. Waiting that long is what lets the others come to an end.
         """
         slot = self._cache.evict_idle()
         if slot is not None:
@@ -394,7 +401,7 @@ class Engine:
             return
         reading = [s for s in running if s.phase is Phase.PREFILL]
         sequence = (reading or running)[-1]
-        self._release(sequence, keep=False)
+        self._release(sequence)
         sequence.phase = Phase.WAITING
         self._crowded = True
 
@@ -406,7 +413,7 @@ class Engine:
             self._emit_text(sequence)
         sequence.phase = Phase.FINISHED
         sequence.finish = reason
-        self._release(sequence, keep=True)
+        self._release(sequence)
         self._drop_sampler(sequence)
         finish = FinishEvent(
             reason,
@@ -420,18 +427,16 @@ class Engine:
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """End one request with an error; the others go on."""
         sequence.phase = Phase.FINISHED
-        self._release(sequence, keep=True)
+        self._release(sequence)
         self._drop_sampler(sequence)
         self._streams.pop(sequence).put(error)
 
-    def _release(self, sequence: Sequence, *, keep: bool) -> None:
+    def _release(self, sequence: Sequence) -> None:
         slot = self._slots.pop(sequence, None)
         if slot is None:
             return
         self._crowded = False
-        if not keep:
-            self._backend.seq_rm(slot.seq_id, -1, -1)
-        self._cache.release(slot, sequence.tokens[: sequence.n_past] if keep else [])
+        self._cache.release(slot, sequence.tokens[: sequence.n_past])
 
     def _drop_sampler(self, sequence: Sequence) -> None:
         if sequence.sampler is not None:

@@ -48,13 +48,16 @@ def scripted(answer: bytes | Sequence[int], n_prompt: int) -> NextToken:
 
 @dataclass(slots=True, eq=False)
 class Cell:
-    """One place of the cache. `value` is -1 once the chain is broken: all after it is garbage."""
+    """One place of the cache. `value` is -1 once the chain is broken: all after it is garbage.
+
+    `owners` are the sequences that hold it, `window` those that hold it in the window layers too.
+    """
 
     pos: int
     token: int
     value: int
     owners: set[int]
-    in_window: bool = True
+    window: set[int]
 
 
 class Violation(AssertionError):
@@ -101,7 +104,7 @@ class FakeBackend:
     `recurrent`: a tail cannot be removed, and an abort leaves the state spoilt.
     `on_decode(step, chunks)` runs before each step in the engine's thread: it may raise, submit,
     cancel, or call `request_abort`, after which the step is aborted with `n_kept(n_rows)` rows
-    computed. `next_token` is given the tokens of the sequence up to the row.
+    computed (`sees_abort` False: never). `next_token` is given the sequence's tokens up to the row.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class FakeBackend:
         next_token: NextToken = hash_token,
         on_decode: Callable[[int, Sequence[Chunk]], None] | None = None,
         n_kept: Callable[[int], int] = lambda n_rows: 0,
+        sees_abort: bool = True,
         tokenizer: FakeTokenizer | None = None,
     ) -> None:
         self.tokenizer = tokenizer or FakeTokenizer()
@@ -130,6 +134,7 @@ class FakeBackend:
         self.next_token = next_token
         self.on_decode = on_decode
         self.n_kept = n_kept
+        self.sees_abort = sees_abort
         self.rows: dict[int, int] = {}
         self.n_steps = 0
         self.batches: list[list[Chunk]] = []
@@ -220,7 +225,7 @@ class FakeBackend:
         n_rows = sum(len(chunk.tokens) for chunk in chunks)
         if len(self._cells) + n_rows > self.n_ctx:
             return DecodeResult.FULL
-        aborted = self._abort.is_set()
+        aborted = self._abort.is_set() and self.sees_abort
         n_left = min(self.n_kept(n_rows), n_rows) if aborted else n_rows
         row = 0
         for chunk in chunks:
@@ -242,22 +247,27 @@ class FakeBackend:
         n_swa = self.facts.n_swa
         before = self._of(seq_id)
         value = before[-1].value if before else 0
-        if n_swa and not all(cell.in_window for cell in before if cell.pos > pos - n_swa):
+        if n_swa and not all(seq_id in cell.window for cell in before if cell.pos > pos - n_swa):
             value = -1  # attends to a cell that is gone
         if [cell.pos for cell in before] != list(range(pos)):
             value = -1
         value = -1 if value == -1 else hash((value, token, pos)) & 0xFFFFFFFF
-        self._cells.append(Cell(pos, token, value, {seq_id}))
+        self._cells.append(Cell(pos, token, value, {seq_id}, {seq_id}))
         if n_swa:
             self._forget()
         return value
 
     def _forget(self) -> None:
-        last = {seq_id: self.seq_pos_max(seq_id) for seq_id in range(self.n_seq_max)}
+        """As llama.cpp when its window cache is as small as can be: a cell of one sequence only
+        that lies before its window is overwritten, and all before it goes with it."""
         keep = self.facts.n_swa + self._slack
-        for cell in self._cells:
-            if all(cell.pos <= last[owner] - keep for owner in cell.owners):
-                cell.in_window = False
+        for seq_id in range(self.n_seq_max):
+            last = self.seq_pos_max(seq_id)
+            alone = [cell.pos for cell in self._of(seq_id) if cell.window == {seq_id}]
+            gone = max((pos for pos in alone if pos <= last - keep), default=-1)
+            for cell in self._of(seq_id):
+                if cell.pos <= gone:
+                    cell.window.discard(seq_id)
 
     def _choose(self, seq_id: int, value: int) -> int:
         if value == -1:
@@ -282,6 +292,7 @@ class FakeBackend:
             return False
         for cell in gone:
             cell.owners.discard(seq_id)
+            cell.window.discard(seq_id)
             if not cell.owners:
                 self._cells.remove(cell)
         return True
@@ -295,10 +306,12 @@ class FakeBackend:
         self.require(p0 == 0 and len(cells) == p1, "the source does not hold what is copied")
         for cell in cells:
             cell.owners.add(target)
+            if source in cell.window:
+                cell.window.add(target)
 
     def seq_pos_min(self, seq_id: int) -> int:
         self._check_seq(seq_id)
-        return min((cell.pos for cell in self._of(seq_id) if cell.in_window), default=-1)
+        return min((cell.pos for cell in self._of(seq_id) if seq_id in cell.window), default=-1)
 
     def seq_pos_max(self, seq_id: int) -> int:
         self._check_seq(seq_id)
@@ -316,7 +329,7 @@ class FakeBackend:
         except ValueError:
             return False
         self.seq_rm(seq_id, -1, -1)
-        self._cells += [Cell(pos, token, value, {seq_id}) for pos, token, value in cells]
+        self._cells += [Cell(pos, token, value, {seq_id}, {seq_id}) for pos, token, value in cells]
         return True
 
     def set_threads(self, n_threads: int, n_threads_batch: int) -> None:

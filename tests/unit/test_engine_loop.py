@@ -92,7 +92,6 @@ def backends(draw: st.DrawFn) -> dict[str, object]:
         "n_swa": draw(st.integers(1, 6)) if kind == "window" else 0,
         "slack": draw(st.integers(0, 4)),
         "recurrent": kind == "recurrent",
-        # With a window no real batch is aborted half-way: one batch is one micro-batch.
         "n_kept": lambda n_rows: n_rows_kept,
     }
 
@@ -386,6 +385,69 @@ def test_a_failed_request_leaves_no_cells_behind() -> None:
             assert "grammar" in str(error)
         again = run(engine, range(12), 1)
     assert again.finish.usage.n_cached == 11
+    check_books(engine, backend)
+
+
+def test_only_what_is_read_already_is_shared() -> None:
+    """A slot's earlier, longer conversation is no longer in it while the next one is read."""
+    backend = FakeBackend(n_ctx=128, n_seq_max=2, next_token=endless_token)
+    cut = Request((*range(20), *[99] * 20), max_tokens=2)
+    as_before = Request((*range(30), 98), max_tokens=2)
+    streams: list[Stream] = []
+
+    def submit_while_reading(step: int, _chunks: object) -> None:
+        if step == n_before:
+            streams.append(engine.submit(as_before))
+
+    with Engine(backend) as engine:
+        run(engine, range(30), 1)
+        n_before = backend.n_steps
+        backend.on_decode = submit_while_reading
+        outcomes = [run(engine, cut.prompt, 2), read(streams[0])]
+    assert [outcome.finish.usage.n_cached for outcome in outcomes] == [20, 20]
+    for outcome, request in zip(outcomes, (cut, as_before), strict=True):
+        assert outcome.tokens == ideal_answer(request, 128, endless_token).tokens
+    check_books(engine, backend)
+
+
+def test_what_a_restart_read_again_is_not_called_cached() -> None:
+    backend = FakeBackend(n_ctx=128, recurrent=True, next_token=endless_token)
+    with Engine(backend) as engine:
+        first = run(engine, range(10), 2)
+        n_before = backend.n_steps
+        backend.on_decode = at_step(n_before, backend.request_abort)
+        second = run(engine, [*range(10), *first.tokens, 60], 2)
+    assert second.finish.usage.n_cached == 0
+    check_books(engine, backend)
+
+
+def test_a_new_request_joins_a_running_answer() -> None:
+    backend = FakeBackend(n_ctx=128, n_seq_max=2, next_token=endless_token)
+    streams: list[Stream] = []
+
+    def submit_second(step: int, _chunks: object) -> None:
+        if step == 5:
+            streams.append(engine.submit(Request((9,), max_tokens=2)))
+
+    backend.on_decode = submit_second
+    with Engine(backend) as engine:
+        with backend.held_back():
+            streams.append(engine.submit(Request((1,), max_tokens=30)))
+        assert read(streams[0]).finish.usage.n_completion == 30
+        assert read(streams[1]).finish.usage.n_completion == 2
+    assert [len(batch) for batch in backend.batches[:8]] == [1, 1, 1, 1, 1, 1, 2, 2]
+
+
+def test_a_cancel_needs_no_help_from_the_library() -> None:
+    """Backends on a GPU do not look at the abort flag; there a step is the bound."""
+    backend = FakeBackend(n_ctx=128, next_token=endless_token, sees_abort=False)
+    streams: list[Stream] = []
+    backend.on_decode = at_step(5, lambda: streams[0].cancel())
+    with Engine(backend) as engine:
+        with backend.held_back():
+            streams.append(engine.submit(Request((1,), max_tokens=30)))
+        outcome = read(streams[0])
+    assert (outcome.finish.reason, len(outcome.tokens)) == ("cancelled", 6)
     check_books(engine, backend)
 
 
