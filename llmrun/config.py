@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -450,24 +451,37 @@ def _refusal(option: Option, raw: Any, source: Source, wanted: str) -> UsageErro
         "file": f'"{option.key}" in {source.name}',
         "default": option.key,
     }[source.kind]
-    return UsageError(f"{where}: {str(raw)!r} is not {wanted}")
+    hint = {"environment": f"unset {source.name}", "file": f"llmrun config unset {option.key}"}
+    return UsageError(f"{where}: {str(raw)!r} is not {wanted}", hint=hint.get(source.kind))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The keys of the config file; empty when there is none. Raises UsageError."""
+def read_config_file(path: Path, *, any_key: bool = False) -> dict[str, Any]:
+    """The settings in the config file; empty when there is none. Raises UsageError, also for a key
+    that is no setting. `any_key`: all keys as they are written, known or not."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot read {path}", why=str(problem)) from problem
+        raise UsageError(
+            f"cannot read {path}", why=str(problem), hint="llmrun config path"
+        ) from problem
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
-        raise UsageError(f"{path} is not valid TOML", why=str(problem)) from problem
-    for key in found:
-        require_option(key, f" in {path}")
-    return found
+        raise UsageError(
+            f"{path} is not valid TOML", why=str(problem), hint="llmrun config path"
+        ) from problem
+    if any_key:
+        return found
+    settings: dict[str, Any] = {}
+    for key, value in found.items():
+        try:
+            settings[require_option(key, f" in {path}").key] = value
+        except UsageError as error:
+            error.hint = f"llmrun config unset {shlex.quote(key)}"
+            raise
+    return settings
 
 
 def require_option(key: str, where: str = "") -> Option:

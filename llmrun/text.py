@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 
 # C0 but for tab and newline, DEL, C1, and the bidirectional and invisible format characters that
-# can reorder or hide what a reader sees.
+# can reorder or hide what a reader sees. Lone surrogates (of undecodable file names) do not print.
 _UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 
 

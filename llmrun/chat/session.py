@@ -74,6 +74,11 @@ class _Generation:
     answer: str = ""
     thinking: str = ""
 
+    def as_message(self, *, interrupted: bool) -> Message:
+        return Message(
+            "assistant", self.answer, thinking=self.thinking or None, interrupted=interrupted
+        )
+
 
 class ChatSession:
     """One conversation on one engine. Not for use from two threads at once.
@@ -113,6 +118,7 @@ class ChatSession:
         self._history = TokenHistory(engine.tokenizer)
         self._fmt = detect_format(self.template.source, engine.tokenizer)
         self._n_used: int | None = None
+        self._running: tuple[list[Message], _Generation] | None = None
         if system is not None:
             self.set_system(system)
 
@@ -122,6 +128,18 @@ class ChatSession:
     def messages(self) -> tuple[Message, ...]:
         """The conversation, the system message first if there is one."""
         return tuple(self._messages)
+
+    @property
+    def messages_so_far(self) -> tuple[Message, ...]:
+        """The conversation as it would be if the running turn ended here: what a kill must not
+        take. Before the first word of the answer it ends with the question; a retry or an edit
+        shows the old turn until then."""
+        if self._running is None:
+            return self.messages
+        messages, generation = self._running
+        if generation.answer or generation.thinking:
+            return (*messages, generation.as_message(interrupted=True))
+        return tuple(messages) if len(messages) > len(self._messages) else self.messages
 
     @property
     def system(self) -> str | None:
@@ -249,6 +267,7 @@ class ChatSession:
 
     def _turn(self, messages: list[Message], on_prompt: OnPrompt | None) -> Reply:
         generation = self._prepare(messages)
+        self._running = messages, generation
 
         def run() -> Reply:
             finished = False
@@ -257,6 +276,7 @@ class ChatSession:
                     yield from deltas
                 finished = self.last_finish is not None and self.last_finish.reason != "cancelled"
             finally:
+                self._running = None
                 self._keep_turn(messages, generation, interrupted=not finished)
 
         return run()
@@ -266,13 +286,7 @@ class ChatSession:
     ) -> None:
         if interrupted and not generation.answer and not generation.thinking:
             return
-        answer = Message(
-            "assistant",
-            generation.answer,
-            thinking=generation.thinking or None,
-            interrupted=interrupted,
-        )
-        self._messages = [*messages, answer]
+        self._messages = [*messages, generation.as_message(interrupted=interrupted)]
         finish = self.last_finish
         self._n_used = finish.usage.n_prompt + finish.usage.n_completion if finish else None
 

@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NEW_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 # Names that Windows gives to devices, with any ending.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
@@ -35,6 +36,8 @@ class Conversation:
     """A conversation as it is saved.
 
     `model` is the reference as the user wrote it; `settings` holds what JSON can. Times are UTC.
+    `stamp` tells the version of the file that it was read from or written to (see
+    `SessionStore.stamp`).
     """
 
     id: str
@@ -43,6 +46,7 @@ class Conversation:
     settings: Mapping[str, object] = field(default_factory=dict)
     created: datetime.datetime | None = None
     updated: datetime.datetime | None = None
+    stamp: int | None = field(default=None, compare=False)
 
     @property
     def title(self) -> str:
@@ -69,6 +73,11 @@ def new_id(now: datetime.datetime | None = None) -> str:
     """A name that sorts by time: `20260131-142501-3fa9`."""
     now = now or datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def is_new_id(name: str) -> bool:
+    """Whether `name` was made by `new_id`, not chosen by the user."""
+    return _NEW_ID.fullmatch(name) is not None
 
 
 def check_name(name: str) -> str:
@@ -107,11 +116,19 @@ class SessionStore:
             raise LlmrunError(
                 f"the conversation could not be saved to {path}", why=error.strerror or str(error)
             ) from error
-        return saved
+        return replace(saved, stamp=self.stamp(saved.id))
+
+    def stamp(self, session_id: str) -> int | None:
+        """Changes whenever the file is written; None when there is none."""
+        try:
+            return self.path_of(session_id).stat().st_mtime_ns
+        except OSError:
+            return None
 
     def load(self, session_id: str) -> Conversation:
         """Raises NotFoundError, DamagedFileError (the file stays) or UsageError."""
         path = self.path_of(session_id)
+        stamp = self.stamp(session_id)
         try:
             if path.is_symlink() or path.stat().st_size > MAX_FILE_BYTES:
                 raise ValueError("it is a link or too long")
@@ -132,7 +149,7 @@ class SessionStore:
                 hint="update llmrun",
             )
         try:
-            return replace(_from_json(raw), id=session_id)
+            return replace(_from_json(raw), id=session_id, stamp=stamp)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(session_id, path, str(error)) from error
 

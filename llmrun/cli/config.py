@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmrun.cli.config_file import set_in_config_file
 from llmrun.cli.options import Invocation, PlainGroup, register
-from llmrun.config import OPTIONS, Source, parse_value, require_option
+from llmrun.config import OPTIONS, Source, parse_value, read_config_file, require_option
 
 if TYPE_CHECKING:
     from llmrun.ui.output import Output
@@ -106,10 +106,11 @@ def set_value(
 
 def unset_value(invocation: Invocation, key: Key) -> ConfigChangeResult:
     """Remove a setting from the config file."""
-    option = require_option(key)
     path = invocation.environment.config_path
-    set_in_config_file(path, option.key, None)
-    return ConfigChangeResult(path, option.key, None)
+    # A key that is no setting keeps llmrun from starting, so it has to be removable.
+    name = key if key in read_config_file(path, any_key=True) else require_option(key).key
+    set_in_config_file(path, name, None)
+    return ConfigChangeResult(path, name, None)
 
 
 def add_to(app: typer.Typer) -> None:

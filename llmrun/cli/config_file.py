@@ -13,7 +13,12 @@ from typing import Any
 from llmrun.config import read_config_file
 from llmrun.errors import UsageError
 
-_SIMPLE_LINE = r'^(?P<head>[ \t]*{key}[ \t]*=[ \t]*)(?P<value>"(?:[^"\\\n]|\\.)*"|[^"\'\[{{#\n]*?)(?P<tail>[ \t]*(?:#.*)?)$'  # noqa: E501
+_STRING = r'"(?:[^"\\\n]|\\.)*"'
+_SIMPLE_LINE = (
+    r"^(?P<head>[ \t]*{key}[ \t]*=[ \t]*)"
+    rf"(?P<value>{_STRING}|\[(?:{_STRING}|[^\"'\[\]{{{{#\n])*\]|[^\"'\[{{{{#\n]*?)"
+    r"(?P<tail>[ \t]*(?:#.*)?)$"
+)
 
 
 def set_in_config_file(path: Path, key: str, value: Any) -> None:
@@ -22,7 +27,7 @@ def set_in_config_file(path: Path, key: str, value: Any) -> None:
     Only one-line values are edited. The new text is parsed before it replaces the file; where it
     does not say what was meant, the file stays as it was and UsageError is raised.
     """
-    before = read_config_file(path)
+    before = read_config_file(path, any_key=True)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     line = re.compile(_SIMPLE_LINE.format(key=re.escape(key)), re.MULTILINE)
     wanted = {name: old for name, old in before.items() if name != key}

@@ -69,8 +69,10 @@ class ListResult:
             right=" r r",
         )
         output.note(f"{format_bytes(self.total_size)} in all")
-        if any(row.state != "complete" for row in self.models):
+        if any(row.state == "partial" for row in self.models):
             output.note("partial: pull again to finish, or llmrun prune")
+        if any(row.state == "damaged" for row in self.models):
+            output.note("damaged: pull again to mend, or llmrun rm")
 
 
 def list_models(invocation: Invocation) -> ListResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,10 +56,15 @@ def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = 
     `n_ctx_enough`: a context beyond which this run gains nothing (see `fit.plan.Wishes`).
     Raises every LlmrunError on the way, before anything is loaded where that can be known.
     """
-    output, services = invocation.output, invocation.services
     acquired = acquire(invocation, text, wishes_of(invocation.settings, n_ctx_enough))
     for reason in acquired.plan.reasons:
-        output.detail(reason)
+        invocation.output.detail(reason)
+    return load_model(invocation, acquired)
+
+
+def load_model(invocation: Invocation, acquired: Acquired) -> OpenModel:
+    """Load a model that is on this machine, as its plan says."""
+    output, services = invocation.output, invocation.services
     route_logs(output)
     with load_progress_for(output) as on_progress:
         engine = _load(services, acquired, on_progress)
@@ -74,7 +80,7 @@ def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = 
 def _load(services: Services, acquired: Acquired, on_progress: LoadProgress | None) -> EngineLike:
     """Load the weights in a thread. This one meanwhile imports what comes next, and hears Ctrl-C,
     which a C call would keep waiting."""
-    ended: list[EngineLike | BaseException] = []
+    ended: queue.SimpleQueue[EngineLike | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def goes_on(progress: float) -> bool:
@@ -82,29 +88,39 @@ def _load(services: Services, acquired: Acquired, on_progress: LoadProgress | No
 
     def load() -> None:
         try:
-            ended.append(
+            ended.put(
                 services.open_engine(
                     acquired.paths, engine_options(acquired), acquired.info, goes_on
                 )
             )
         except BaseException as error:  # noqa: BLE001 - raised again below
-            ended.append(error)
+            ended.put(error)
 
-    thread = threading.Thread(target=load, name="llmrun-load", daemon=True)
-    thread.start()
+    threading.Thread(target=load, name="llmrun-load", daemon=True).start()
     try:
         import llmrun.chat.session  # noqa: F401 - ready by the time the weights are
 
-        thread.join()
+        engine = ended.get()
     except BaseException:
         stopped.set()
-        thread.join()
-        if not isinstance(ended[0], BaseException):
-            ended[0].close()
+        _close_when_loaded(ended)
         raise
-    if isinstance(ended[0], BaseException):
-        raise ended[0]
-    return ended[0]
+    if isinstance(engine, BaseException):
+        raise engine
+    return engine
+
+
+def _close_when_loaded(ended: queue.SimpleQueue[EngineLike | BaseException]) -> None:
+    """Wait for a load that was told to stop, however often the user says so: the process must not
+    end below a thread that is inside the library."""
+    while True:
+        try:
+            engine = ended.get()
+        except (KeyboardInterrupt, SystemExit):
+            continue
+        if not isinstance(engine, BaseException):
+            engine.close()
+        return
 
 
 def engine_options(acquired: Acquired) -> EngineOptions:

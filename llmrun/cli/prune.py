@@ -73,7 +73,8 @@ def prune(
         f"Delete {len(files)} files ({format_bytes(total)}), "
         f"{n_partial} of them unfinished downloads?"
     )
-    freed = store.prune(orphans) if output.confirm(question) else 0
+    agreed = output.confirm(question, agreeing="llmrun prune --yes")
+    freed = store.prune(orphans) if agreed else 0
     return PruneResult(files, total, freed, False)
 
 

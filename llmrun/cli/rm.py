@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +66,9 @@ def rm(
     rows = tuple(RemovedRow(m.reference, m.n_bytes, m.state) for m in chosen.values())
     total = format_bytes(sum(row.size for row in rows))
     names = ", ".join(row.model for row in rows)
-    if not invocation.output.confirm(f"Remove {names} ({total})?"):
+    words = [*(["--all"] if all_ else []), "--yes", *models]
+    question = f"Remove {names} ({total})?"
+    if not invocation.output.confirm(question, agreeing=f"llmrun rm {shlex.join(words)}"):
         return RemoveResult((), 0)
     return RemoveResult(rows, invocation.services.store().remove(chosen.values()))
 

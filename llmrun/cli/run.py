@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +13,7 @@ import typer
 
 from llmrun.cli.options import Invocation, ModelArgument, Outcome, register
 from llmrun.config import Environment, Settings
-from llmrun.errors import LlmrunError, NotFoundError, UsageError
+from llmrun.errors import ContextOverflowError, LlmrunError, NotFoundError, UsageError
 from llmrun.text import format_duration
 from llmrun.ui.output import Failed, Output
 
@@ -77,7 +79,7 @@ def run(
 
     settings, output = invocation.settings, invocation.output
     _refuse_contradictions(settings)
-    text = read_prompt(invocation.environment, prompt)
+    text = read_prompt(invocation.environment, prompt, model)
     grammar = _grammar(invocation)
     opened = open_model(invocation, model, n_ctx_enough=_n_ctx_enough(settings, text))
     try:
@@ -91,7 +93,11 @@ def run(
         )
         with contextlib.closing(session):
             answer = _Answer(output, settings)
-            answer.take(_generate(session, settings, output, text))
+            try:
+                answer.take(_generate(session, settings, output, text))
+            except ContextOverflowError as error:
+                _advise_on_overflow(error, opened)
+                raise
             finish = session.last_finish
     finally:
         opened.engine.close()
@@ -112,7 +118,7 @@ def _refuse_contradictions(settings: Settings) -> None:
         )
 
 
-def read_prompt(environment: Environment, argument: str | None) -> str:
+def read_prompt(environment: Environment, argument: str | None, model: str) -> str:
     """The argument, what stdin holds, or both with stdin first. Raises UsageError for none."""
     piped = ""
     if argument == "-" or not environment.stdin_is_tty:
@@ -127,7 +133,7 @@ def read_prompt(environment: Environment, argument: str | None) -> str:
         raise UsageError(
             "there is no prompt",
             why="neither an argument nor anything on stdin",
-            hint='llmrun run MODEL "your question", or llmrun chat MODEL',
+            hint=f'llmrun run {shlex.quote(model)} "Explain what a hash table is."',
         )
     text = "\n\n".join(parts)
     try:
@@ -140,10 +146,17 @@ def read_prompt(environment: Environment, argument: str | None) -> str:
 def _grammar(invocation: Invocation) -> str | None:
     settings = invocation.settings
     if settings.json_schema is not None:
+        from llmrun.cli.json_schema import unenforced_keywords
+
         given = settings.json_schema
         is_text = given.lstrip().startswith(("{", "["))
         schema = given if is_text else _read_text(given, "the JSON schema")
-        return invocation.services.grammar_of_schema(schema)
+        grammar = invocation.services.grammar_of_schema(schema)
+        if unenforced := unenforced_keywords(schema):
+            invocation.output.warn(
+                f"the JSON schema's {', '.join(unenforced)} cannot be enforced: check the answer"
+            )
+        return grammar
     return _read_text(settings.grammar, "the grammar") if settings.grammar is not None else None
 
 
@@ -177,6 +190,14 @@ def _generate(
         return session.complete_text("\n\n".join(filter(None, (settings.system, text))))
     system = [Message("system", settings.system)] if settings.system else []
     return session.complete([*system, Message("user", text)])
+
+
+def _advise_on_overflow(error: ContextOverflowError, opened: OpenModel) -> None:
+    """A larger context is no way out where it would leave what the model was trained for."""
+    n_ctx_train = opened.acquired.info.n_ctx_train
+    if n_ctx_train and error.n_prompt >= n_ctx_train:
+        error.why = f"the model was trained for contexts of up to {n_ctx_train} tokens"
+        error.hint = "shorten the prompt, or take a model with a longer context"
 
 
 class _Answer:
@@ -247,9 +268,9 @@ def _result(opened: OpenModel, answer: _Answer, finish: FinishEvent) -> RunResul
 
 
 def _judge(result: RunResult, output: Output, settings: Settings, opened: OpenModel) -> Outcome:
-    """Say when the answer was cut; under a JSON schema a cut answer is a failure."""
+    """Say when the answer was cut; under a JSON schema, text that does not parse is a failure."""
     if result.finish_reason != "length":
-        return result
+        return result if settings.json_schema is None else _judge_json(result)
     n_ctx = opened.engine.n_ctx
     is_full = result.usage.prompt_tokens + result.usage.completion_tokens >= n_ctx
     if settings.json_schema is not None:
@@ -261,6 +282,15 @@ def _judge(result: RunResult, output: Output, settings: Settings, opened: OpenMo
         return Failed(result, (error,))
     if is_full:
         output.note(f"the answer stops here: the context of {n_ctx} tokens is full; pass --ctx N")
+    return result
+
+
+def _judge_json(result: RunResult) -> Outcome:
+    """The grammar rules what is generated, but a stop string can cut it."""
+    try:
+        json.loads(result.text)
+    except ValueError as error:
+        return Failed(result, (LlmrunError("the answer is not valid JSON", why=str(error)),))
     return result
 
 

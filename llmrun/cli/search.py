@@ -76,9 +76,7 @@ def search(
 ) -> SearchResult:
     """Search the hub for repositories with GGUF files."""
     if invocation.settings.offline:
-        raise HubUnreachableError(
-            "offline: nothing can be searched for", hint="llmrun list, for what is here"
-        )
+        raise HubUnreachableError("offline: nothing can be searched for", hint="llmrun list")
     hits = invocation.services.hub(offline=False).search(" ".join(text), limit)
     return SearchResult(
         tuple(

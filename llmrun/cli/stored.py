@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from llmrun.cli.options import Invocation
@@ -83,6 +84,12 @@ def _names(path: str) -> tuple[str, str, str]:
     return path, base, base.removesuffix(".gguf")
 
 
+def get_again(reference: str) -> str:
+    """The command that mends a damaged model."""
+    name = shlex.quote(reference)
+    return f"llmrun rm {name} --yes && llmrun pull {name}"
+
+
 def _not_stored(text: str, models: tuple[StoredModel, ...]) -> NotFoundError:
     near = close_names(text, [model.reference for model in models])
     return NotFoundError(
@@ -96,8 +103,9 @@ def require_one(text: str, found: tuple[StoredModel, ...], command: str) -> None
     """Raise UsageError, naming them, when `text` means several models."""
     names = list(dict.fromkeys(model.reference for model in found))
     if len(names) > 1:
+        shown = [*names[:6], *(["…"] if len(names) > 6 else [])]
         raise UsageError(
             f"{escape_line(text)} means {len(names)} models",
-            why=", ".join(names[:6]) + (", …" if len(names) > 6 else ""),
-            hint=f"{command} {names[0]}   (or all of them: --all)",
+            why=f"{', '.join(shown)}; --all means all of them",
+            hint=f"{command} {shlex.quote(names[0])}",
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrun.cli.options import Invocation, Outcome, StoredModelsArgument, register
+from llmrun.cli.stored import get_again
 from llmrun.errors import DamagedFileError, GgufError, LlmrunError
 from llmrun.text import escape_line, format_bytes
 from llmrun.ui.output import Failed, Output
@@ -95,7 +96,7 @@ def _header_fault(model: StoredModel) -> str | None:
     from llmrun.gguf.info import find_shards, read_info
 
     try:
-        read_info(find_shards(model.files[0].local_path))
+        read_info(find_shards(model.files[0].local_path), thorough=True)
     except GgufError as error:
         return f"{error.message}: {error.why}" if error.why else error.message
     except LlmrunError as error:
@@ -114,7 +115,7 @@ def _error(row: VerifiedModel) -> DamagedFileError:
     return DamagedFileError(
         f"{row.model} is damaged",
         why=why,
-        hint=f"llmrun rm {row.model} --yes && llmrun pull {row.model}",
+        hint=get_again(row.model),
     )
 
 

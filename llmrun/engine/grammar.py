@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from llmrun.engine.llama import import_binding
 from llmrun.errors import UsageError
@@ -10,11 +11,17 @@ from llmrun.errors import UsageError
 _MAX_SCHEMA_BYTES = 256 * 1024
 
 
-def grammar_of_schema(schema_text: str) -> str:
-    """GBNF whose every sentence is JSON valid under the schema.
+# A literal or a character class of GBNF, whichever begins first.
+_GBNF_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]')
+_NOT_IN_A_JSON_STRING = r'"\\\x00-\x1F\x7F'
 
-    Raises UsageError when the text is no JSON, no schema, or uses what the converter cannot say
-    (such as a remote `$ref`).
+
+def grammar_of_schema(schema_text: str) -> str:
+    """GBNF whose every sentence is JSON of the schema's shape.
+
+    Types, properties, required, items, lengths, enum, const, anyOf and patterns are enforced;
+    numeric ranges and what else the converter cannot say are not. Raises UsageError when the text
+    is no JSON, no schema, or uses what the converter refuses (such as a remote `$ref`).
     """
     hint = """--json-schema '{"type": "object", "properties": {"name": {"type": "string"}}}'"""
     if len(schema_text) > _MAX_SCHEMA_BYTES:
@@ -27,7 +34,7 @@ def grammar_of_schema(schema_text: str) -> str:
         raise UsageError("a JSON schema is a JSON object", hint=hint)
     converter = import_binding("llama_grammar")
     try:
-        return str(converter.json_schema_to_gbnf(json.dumps(schema)))
+        return _without_bare_controls(str(converter.json_schema_to_gbnf(json.dumps(schema))))
     except RecursionError as error:
         raise UsageError("the JSON schema is nested too deeply") from error
     except Exception as error:
@@ -37,3 +44,19 @@ def grammar_of_schema(schema_text: str) -> str:
             why=f"{type(error).__name__}: {error}",
             hint="use type, properties, required, items, enum, const, anyOf and local $ref",
         ) from error
+
+
+def _without_bare_controls(grammar: str) -> str:
+    """Take quotes, backslashes and control characters out of every negated character class.
+
+    The converter's own classes for a string's characters, `.` and `[^a]` admit raw newlines, and
+    the last two also a quote: all of them end or break a JSON string.
+    """
+
+    def narrow(match: re.Match[str]) -> str:
+        token = match.group()
+        if not token.startswith("[^"):
+            return token
+        return f"[^{_NOT_IN_A_JSON_STRING}{token[2:]}"
+
+    return _GBNF_TOKEN.sub(narrow, grammar)

@@ -6,7 +6,8 @@ tensor descriptions (name, u32 n_dims, u64 dims, u32 type, u64 offset), padding 
 and the values.
 
 Every number from the file is checked against what is left before it is used. Time is linear in the
-header's size, which is at most 64 MiB; memory is at most about three times what was read.
+header's size, which is at most 64 MiB; memory is at most about three times what was read
+(the `thorough` check holds each token once more, up to a million).
 """
 
 from __future__ import annotations

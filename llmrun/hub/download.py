@@ -206,7 +206,7 @@ class _Transfer:
                 raise DamagedFileError(
                     f"{escape_line(file.path)} arrived damaged",
                     why=f"its sha256 is {actual}, the hub promised {file.sha256}",
-                    hint=f"llmrun rm {repo}, then the same command again",
+                    hint=f"llmrun rm {repo} --all --yes",
                 )
         self._progress.advance(file.path, file.n_bytes)
 
@@ -275,8 +275,9 @@ class _Transfer:
             raise DiskFullError(
                 f"not enough room on the disk of {self._hub.cache}: "
                 f"{format_bytes(needed - free)} are missing",
-                why=f"{format_bytes(needed)} are needed, {format_bytes(free)} are free",
-                hint="llmrun rm MODEL, llmrun prune, or set HF_HOME to a folder on a larger disk",
+                why=f"{format_bytes(needed)} are needed, {format_bytes(free)} are free; "
+                "delete models, or set HF_HOME to a folder on a larger disk",
+                hint="llmrun prune",
             )
 
     def _warn_of_plain_http(self) -> None:

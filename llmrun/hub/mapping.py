@@ -27,6 +27,7 @@ DISK_FULL_ERRNOS = frozenset(
 MAX_WAIT_S = 300.0
 MAX_TOTAL_WAIT_S = 360.0
 _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_DISK_WORKS = "models on disk still work"
 
 
 @contextmanager
@@ -44,11 +45,11 @@ def map_errors(repo: str) -> Iterator[None]:
     except hf.RevisionNotFoundError as error:
         raise NotFoundError(
             f"{repo} has no such branch, tag or commit",
-            hint=f"see {page_url(repo)}/tree/main",
+            hint=f"llmrun show {escape_line(repo)}",
         ) from error
     except hf.RemoteEntryNotFoundError as error:
         raise NotFoundError(
-            f"a file is not in {repo} (any more)", hint=f"see {page_url(repo)}/tree/main"
+            f"a file is not in {repo} (any more)", hint=f"llmrun show {escape_line(repo)}"
         ) from error
     except hf.HfHubHTTPError as error:
         raise status_error(repo, error.response.status_code, error.response.headers) from error
@@ -83,8 +84,8 @@ def repo_not_found(repo: str) -> NotFoundError:
     """The hub answers the same for a repository that does not exist and one you may not see."""
     return NotFoundError(
         f"the hub has no repository {escape_line(repo)}, or it is private",
-        why="a private one is visible only after logging in with a token that may read it",
-        hint=f"llmrun search {escape_line(repo.rpartition('/')[2])}   (or: hf auth login)",
+        why="a private one is seen only after `hf auth login` with a token that may read it",
+        hint=f"llmrun search {escape_line(repo.rpartition('/')[2])}",
     )
 
 
@@ -112,13 +113,14 @@ def status_error(repo: str, status: int, headers: Mapping[str, str]) -> LlmrunEr
         told = f"; it says to come back in {wait:.0f} s" if wait is not None else ""
         return HubUnreachableError(
             "the hub limits how often you may ask",
-            why=f"too many requests from this address{told}",
-            hint="try again later, or log in for a higher limit: hf auth login",
+            why=f"too many requests from this address{told}; the limit is higher after a login",
+            hint="hf auth login",
         )
     return HubUnreachableError(
         f"the hub answers with error {status}{about}",
-        why="the trouble is on the hub's side" if status >= 500 else None,
-        hint="try again later; models on disk still work (llmrun list)",
+        why=("the trouble is on the hub's side: try again later; " if status >= 500 else "")
+        + _DISK_WORKS,
+        hint="llmrun list",
     )
 
 
@@ -127,8 +129,8 @@ def offline_error(repo: str) -> HubUnreachableError:
     by_env = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     return HubUnreachableError(
         f"offline mode: the hub is not asked{f' about {repo}' if repo else ''}",
-        why="HF_HUB_OFFLINE is set" if by_env else "--offline is in force",
-        hint="use a model that is on disk (llmrun list), or go online",
+        why=("HF_HUB_OFFLINE is set; " if by_env else "--offline is in force; ") + _DISK_WORKS,
+        hint="llmrun list",
     )
 
 
@@ -136,8 +138,8 @@ def unreachable(why: str | None) -> HubUnreachableError:
     """The hub did not answer at all."""
     return HubUnreachableError(
         f"the hub cannot be reached ({endpoint_host()})",
-        why=why,
-        hint="check the connection, proxy and HF_ENDPOINT; models on disk still work (llmrun list)",
+        why=f"{why or 'no answer'}; check the connection, the proxy and HF_ENDPOINT; {_DISK_WORKS}",
+        hint="llmrun list",
     )
 
 
@@ -150,7 +152,8 @@ def endpoint() -> str:
 
 def endpoint_host() -> str:
     """Host and port of the hub, safe to print."""
-    return escape_line(endpoint().partition("://")[2].rpartition("@")[2])
+    scheme, found, rest = endpoint().partition("://")
+    return escape_line((rest if found else scheme).rpartition("@")[2])
 
 
 def page_url(repo: str) -> str:
@@ -186,8 +189,8 @@ def disk_error(error: OSError, folder: Path, n_bytes_missing: int | None = None)
         needed = f"{format_bytes(n_bytes_missing)} are still to come; " if n_bytes_missing else ""
         return DiskFullError(
             f"cannot write to {folder}: {error.strerror}",
-            why=f"{needed}what was downloaded is kept",
-            hint="make room, then run the same command again   (llmrun prune, llmrun rm MODEL)",
+            why=f"{needed}what was downloaded is kept: make room, and run the same command again",
+            hint="llmrun prune",
         )
     return LlmrunError(
         f"cannot write to {folder}: {error.strerror or type(error).__name__}",

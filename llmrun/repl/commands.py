@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmrun.chat.session import FALLBACK_NOTICE
-from llmrun.chat.store import Conversation, check_name, new_id
+from llmrun.chat.store import Conversation, check_name, is_new_id
 from llmrun.errors import NotFoundError, UsageError
-from llmrun.repl.parameters import PARAMETERS, set_parameter, show_parameters
+from llmrun.repl.parameters import PARAMETERS, restore_settings, set_parameter, show_parameters
 from llmrun.repl.state import ReplState, ThinkMode
 from llmrun.text import close_names, escape_line, format_bytes, format_count, format_duration
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the loop does after a command. `retry`: answer the last question anew. `edit`: let the
-    user edit `text`, the last question, and answer that."""
+    """What the loop does after a command. `text` is the last question. `retry`: answer it anew.
+    `edit`: let the user edit it, and answer that."""
 
     action: Literal["go_on", "leave", "retry", "edit"] = "go_on"
     text: str = ""
@@ -225,8 +225,7 @@ def _last_question(state: ReplState) -> str:
 
 
 def _retry(state: ReplState, rest: str) -> Outcome:
-    _last_question(state)
-    return Outcome("retry")
+    return Outcome("retry", _last_question(state))
 
 
 def _edit(state: ReplState, rest: str) -> Outcome:
@@ -246,9 +245,11 @@ def _save(state: ReplState, rest: str) -> Outcome:
             raise UsageError(
                 f"there is a conversation {name} already", hint=f"/save {name} force replaces it"
             )
-        state.conversation = replace(old or Conversation(name, state.model, ()), id=name)
+        state.conversation = replace(
+            old or Conversation(name, state.model, ()), id=name, stamp=None
+        )
         state.save()
-        if old is not None and _is_automatic(old.id):
+        if old is not None and is_new_id(old.id):
             with contextlib.suppress(NotFoundError):
                 store.delete(old.id)
     else:
@@ -263,14 +264,16 @@ def _load(state: ReplState, rest: str) -> Outcome:
         raise UsageError("there are no saved conversations here")
     if not rest:
         raise UsageError("/load needs a name", hint="/list shows the saved conversations")
+    # First, for it may be the very one that is loaded.
+    state.save()
     try:
         conversation = state.store.resume(rest)
     except NotFoundError as error:
         raise NotFoundError(error.message, why=error.why, hint="/list") from error
-    state.save()
     state.put_messages(conversation.messages)
     state.begin_conversation()
     state.conversation = conversation
+    restore_settings(state, conversation)
     note = state.screen.note
     note(f"Loaded {conversation.id}: {len(conversation.messages)} messages.")
     if conversation.model != state.model:
@@ -308,15 +311,21 @@ def _model(state: ReplState, rest: str) -> Outcome:
         return _show_models(state)
     if state.switch_model is None:
         raise UsageError("the model cannot be changed here", hint=f"llmrun chat {rest}")
-    messages = state.session.messages
-    new = state.switch_model(rest)
+    if rest == state.model:
+        state.screen.note(f"{escape_line(rest)} is in use already.")
+        return GO_ON
+    switched = state.switch_model(rest)
     old = state.session
-    state.adopt(new, messages)
+    state.adopt(switched.session)
     old.close()
+    if switched.error is not None:
+        state.screen.note(f"Still talking to {escape_line(state.model)}.")
+        raise switched.error
     state.model = rest
+    state.save()
     state.screen.note(
         f"Now talking to {escape_line(rest)}; the conversation goes on."
-        if any(message.role == "user" for message in messages)
+        if any(message.role == "user" for message in state.session.messages)
         else f"Now talking to {escape_line(rest)}."
     )
     if state.session.is_fallback:
@@ -329,6 +338,7 @@ def _stats(state: ReplState, rest: str) -> Outcome:
     if finish is None or not state.n_answers:
         raise NotFoundError("there is no answer yet to tell about")
     usage, timings = finish.usage, finish.timings
+    answers = "1 answer" if state.n_answers == 1 else f"{state.n_answers} answers"
     rows = [
         ("prompt", f"{usage.n_prompt} tokens, {usage.n_cached} of them from the cache, "
                    f"{timings.prompt_tok_s:.0f} tok/s"),
@@ -337,7 +347,7 @@ def _stats(state: ReplState, rest: str) -> Outcome:
         ("in all", format_duration(timings.total_s)),
         ("seed", str(finish.seed)),
         ("loading", format_duration(state.session.engine.load_s)),
-        ("session", f"{state.n_answers} answers, {state.n_tokens_total} tokens, "
+        ("session", f"{answers}, {state.n_tokens_total} tokens, "
                     f"{format_duration(state.busy_s_total)}"),
     ]  # fmt: skip
     for name, value in rows:
@@ -358,10 +368,6 @@ def _context(state: ReplState, rest: str) -> Outcome:
 
 def _bye(state: ReplState, rest: str) -> Outcome:
     return Outcome("leave")
-
-
-def _is_automatic(name: str) -> bool:
-    return len(name) == len(new_id()) and name[:8].isdigit() and name[8] == "-"
 
 
 def _think_choices(state: ReplState, words: list[str]) -> Iterable[tuple[str, str]]:

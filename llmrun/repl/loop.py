@@ -7,7 +7,7 @@ code = run_repl(session, console=…, err_console=…, read_line=make_line_reade
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from llmrun.chat.messages import Message
@@ -15,6 +15,7 @@ from llmrun.chat.session import FALLBACK_NOTICE, ChatSession, OnPrompt
 from llmrun.chat.store import Conversation, SessionStore
 from llmrun.errors import ContextOverflowError, LlmrunError
 from llmrun.repl.commands import complete_command, is_command, run_command, unescape_message
+from llmrun.repl.parameters import restore_settings
 from llmrun.repl.prompt import LineReader
 from llmrun.repl.reply import Clock, Interrupts, LeaveNow, Reply, ReplyView, stats_line
 from llmrun.repl.screen import Screen
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 _NEARLY_FULL = 0.9
+# While an answer comes, the conversation is saved this often: a kill takes no more than that.
+_SAVE_EVERY_S = 2.0
 _CHOICE_WORDS = {"drop": "d", "clear": "c", "leave": "l"}
 
 Ask = Callable[[OnPrompt], "Iterator[Delta]"]
@@ -38,7 +41,8 @@ class Repl:
     """One session; `complete` is for the input line's completion.
 
     `saver` None: nothing is saved. `conversation` is the saved form of `session` when that goes on
-    with one. `list_models` gives the names that /model offers. The caller closes the session.
+    with one: its settings hold, but for those named in `fixed`, which the command line gave.
+    `list_models` gives the names that /model offers. The caller closes the session.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Repl:
         conversation: Conversation | None = None,
         show_markdown: bool = True,
         think_mode: ThinkMode = "on",
+        fixed: Collection[str] = (),
         clock: Clock = time.monotonic,
     ) -> None:
         self._screen = Screen(console, err_console, show_markdown=show_markdown)
@@ -71,8 +76,11 @@ class Repl:
             think_mode=think_mode,
             switch_model=switch_model,
             list_models=list_models,
+            fixed=frozenset(fixed),
         )
-        if think_mode == "off" and session.can_think:
+        if conversation is not None:
+            restore_settings(self.state, conversation)
+        if self.state.think_mode == "off" and session.can_think:
             session.enable_thinking = False
 
     def complete(self, before: str) -> Iterable[tuple[str, str]]:
@@ -83,6 +91,7 @@ class Repl:
         could be asked (input is no terminal) and a turn or command failed."""
         self._read_line = read_line
         self._greet()
+        self._take_unanswered()
         try:
             while self._take_line():
                 pass
@@ -107,7 +116,26 @@ class Repl:
             self._screen.note(FALLBACK_NOTICE)
         n_messages = sum(message.role != "system" for message in state.session.messages)
         if n_messages:
-            self._screen.note(f"Continuing a conversation of {n_messages} messages.")
+            title = Conversation("", "", state.session.messages).title
+            self._screen.note(
+                f"Continuing a conversation of {n_messages} message{'s' if n_messages > 1 else ''} "
+                f"that began with: {escape_line(title)}"
+            )
+            if state.session.messages[-1].interrupted:
+                self._screen.note("Its last answer was cut off; /retry answers anew.")
+
+    def _take_unanswered(self) -> None:
+        """Give back a question that was saved without an answer, so that it can be sent again:
+        most templates refuse two questions in a row."""
+        messages = self.state.session.messages
+        if not messages or messages[-1].role != "user":
+            return
+        question = self.state.unanswered = self.state.session.undo() or ""
+        if self._read_line.is_interactive:
+            self._prefill = question
+            self._screen.note("The last question got no answer; it is in the line again.")
+        else:
+            self._screen.note("The last question got no answer and was taken back.")
 
     def _take_line(self) -> bool:
         """One line and what it asks for; errors are shown. False: leave."""
@@ -140,9 +168,10 @@ class Repl:
         outcome = run_command(self.state, line)
         if outcome.action == "leave":
             return False
+        self._take_unanswered()
         session = self.state.session
         if outcome.action == "retry":
-            self._answer(lambda on_prompt: session.retry(on_prompt=on_prompt))
+            self._answer_again(lambda on_prompt: session.retry(on_prompt=on_prompt), outcome.text)
         elif outcome.action == "edit":
             try:
                 text = self._read_line(default=outcome.text)
@@ -150,7 +179,7 @@ class Repl:
                 self._screen.note("Left as it was.")
                 return True
             if text.strip():
-                self._answer(lambda on_prompt: session.edit(text, on_prompt=on_prompt))
+                self._answer_again(lambda on_prompt: session.edit(text, on_prompt=on_prompt), text)
         return True
 
     # ---- answers
@@ -159,21 +188,57 @@ class Repl:
         def ask(on_prompt: OnPrompt) -> Iterator[Delta]:
             return self.state.session.send(text, on_prompt=on_prompt)
 
+        n_before = len(self.state.session.messages)
         try:
-            reply = self._answer(ask)
-        except ContextOverflowError as error:
-            if not self._make_room(error, text):
-                return
-            reply = self._answer(ask)
+            try:
+                reply = self._answer(ask)
+            except ContextOverflowError as error:
+                if not self._make_room(error, text):
+                    return
+                n_before = len(self.state.session.messages)
+                reply = self._answer(ask)
+        except LlmrunError:
+            if len(self.state.session.messages) == n_before:
+                self._prefill = text
+            raise
         if reply.is_interrupted and not reply.n_answer_chars and not reply.thinking:
             self._prefill = text
+
+    def _answer_again(self, ask: Ask, text: str) -> None:
+        """Answer `text` in the place of the last question."""
+        try:
+            self._answer(ask)
+        except ContextOverflowError as error:
+            before = self.state.session.messages
+            self.state.session.undo()
+            try:
+                is_sent = self._make_room(error, text)
+            except LlmrunError:
+                self.state.put_messages(before)
+                raise
+            if is_sent:
+                self._send(text)
+            else:
+                self.state.put_messages(before)
 
     def _answer(self, ask: Ask) -> Reply:
         """Generate, show and save one answer."""
         state = self.state
         view = ReplyView(self._screen, state.think_mode, state.count_tokens, self._clock)
+        deltas = ask(view.on_prompt)
+        state.unanswered = None
+        saved_at = self._clock()
+        # A failure is told at the end: here it would stand in the middle of the answer.
+        self._save(is_quiet=True)
+
+        def keep() -> None:
+            nonlocal saved_at
+            if self._clock() - saved_at >= _SAVE_EVERY_S:
+                self._save(is_quiet=True)
+                saved_at = self._clock()
+
         try:
-            reply = view.show(ask(view.on_prompt), self._interrupts)
+            reply = view.show(deltas, self._interrupts, keep)
         finally:
             self._save()
         self._tell_end(reply)
@@ -191,7 +256,7 @@ class Repl:
                 else ("nothing had come, so the question was taken back")
             )
             screen.note(f"Stopped; {kept}.")
-        if finish is None:
+        if finish is None or (reply.is_interrupted and finish.usage.n_completion == 0):
             return
         if not reply.is_interrupted and not reply.n_answer_chars:
             screen.note("The model gave an empty answer.")
@@ -265,36 +330,52 @@ class Repl:
         options = ["[c]lear the conversation", "[l]eave it as it is"]
         if can_drop:
             options.insert(0, "[d]rop the oldest exchanges")
-        try:
-            typed = self._read_line.ask(f"{', '.join(options)}? ").strip()
-        except (EOFError, KeyboardInterrupt):
-            typed = ""
-        answer = typed.lower()
-        answer = answer if len(answer) == 1 else _CHOICE_WORDS.get(answer, "")
-        if answer == "d" and can_drop:
+        letters = "dcl" if can_drop else "cl"
+        typed, answer = "", ""
+        while answer not in tuple(letters):
+            try:
+                typed = self._read_line.ask(f"{', '.join(options)}? ").strip()
+            except (EOFError, KeyboardInterrupt):
+                return False
+            answer = _CHOICE_WORDS.get(typed.lower(), typed.lower())
+            if not typed:
+                return False
+            if len(answer) > 1 and text is None:
+                # No answer to the question, so it was meant as the next message.
+                self._prefill = typed
+                return False
+        if answer == "d":
             dropped = session.make_room(text) if text is not None else session.drop_oldest()
             screen.note(f"Dropped {dropped.n_messages} messages ({dropped.n_tokens} tokens).")
             return True
         if answer == "c":
             run_command(self.state, "/clear")
             return True
-        if typed and answer != "l" and text is None:
-            # No answer to the question, so it was meant as the next message.
-            self._prefill = typed
         return False
 
     # ---- saving
 
-    def _save(self) -> None:
-        """Save the conversation; a failure is told once and does not end the session."""
+    def _save(self, *, is_quiet: bool = False) -> None:
+        """Save the conversation; a failure is told once, unless `is_quiet`, and does not end the
+        session."""
         try:
             self.state.save()
         except LlmrunError as error:
+            if is_quiet:
+                return
             if not self._has_save_failed:
                 self._screen.error(error)
             self._has_save_failed = True
         else:
             self._has_save_failed = False
+        state = self.state
+        if state.forked_from is not None and state.conversation is not None and not is_quiet:
+            self._screen.note(
+                f"{state.forked_from} was changed by another program meanwhile; this conversation "
+                f"is saved as {state.conversation.id}.",
+                "yellow",
+            )
+            state.forked_from = None
 
     def _fail(self, error: LlmrunError) -> None:
         self._n_failed += 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
+from llmrun.chat.store import Conversation
 from llmrun.config import OPTION_BY_KEY
 from llmrun.engine.types import SamplingParams
 from llmrun.errors import UsageError
-from llmrun.repl.state import ReplState
+from llmrun.repl.state import ReplState, ThinkMode
 from llmrun.text import close_names, escape_line
 
 
@@ -106,6 +109,52 @@ def set_parameter(state: ReplState, name: str, text: str) -> None:
         )
     shown = format_value(parameter, value)
     state.screen.note(f"{parameter.name} is now {shown}.")
+
+
+def restore_settings(state: ReplState, conversation: Conversation) -> None:
+    """Take over the settings that a conversation was saved with, but for `state.fixed`.
+
+    Its sampling is only taken for the model that it was held with. Values that are no values (the
+    file may have been changed by anybody) are left out.
+    """
+    saved, session = conversation.settings, state.session
+    sampling = saved.get("sampling") if conversation.model == state.model else None
+    changes: dict[str, float | int | None] = {}
+    for parameter in PARAMETERS:
+        source = saved if parameter.name == "max_tokens" else sampling
+        if parameter.name in state.fixed or not isinstance(source, Mapping):
+            continue
+        value: Any = source.get(parameter.name, parameter)
+        if not _is_value(parameter, value):
+            continue
+        if parameter.name == "max_tokens":
+            session.max_tokens = value
+        else:
+            changes[parameter.name] = value
+    session.sampling = dataclasses.replace(
+        session.sampling,
+        **changes,  # type: ignore[arg-type]
+    )
+    stop = saved.get("stop")
+    if "stop" not in state.fixed and isinstance(stop, list):
+        session.stop = tuple(text for text in stop if isinstance(text, str) and text)
+    think: Any = saved.get("think")
+    thinks = saved.get("enable_thinking")
+    if not state.fixed & {"think", "hide_thinking"}:
+        if think in get_args(ThinkMode):
+            state.think_mode = think
+        if thinks is None or isinstance(thinks, bool):
+            session.enable_thinking = thinks
+
+
+def _is_value(parameter: Parameter, value: object) -> bool:
+    if value is None:
+        return parameter.name in _MAY_BE_NONE
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if not parameter.is_float and not isinstance(value, int):
+        return False
+    return parameter.minimum <= value <= parameter.maximum
 
 
 def _parse(parameter: Parameter, text: str) -> float | None:

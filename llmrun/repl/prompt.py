@@ -118,6 +118,9 @@ class PlainLineReader:
             raise UsageError("stdin is not UTF-8 text", why=str(error)) from error
         if not line:
             raise EOFError
+        if any("\ud800" <= char <= "\udfff" for char in line):
+            # How Python reads bytes that are no UTF-8 where the locale says nothing.
+            raise UsageError("stdin is not UTF-8 text")
         return line.rstrip("\r\n")
 
 

@@ -109,8 +109,14 @@ class ReplyView:
             percent = 100 * event.n_done // event.n_total
             self._screen.status(f"reading prompt {percent} %")
 
-    def show(self, deltas: Iterator[Delta], interrupts: Interrupts) -> Reply:
-        """Read `deltas` to the end. What was begun on the screen is ended, whatever is raised.
+    def show(
+        self,
+        deltas: Iterator[Delta],
+        interrupts: Interrupts,
+        on_delta: Callable[[], None] = lambda: None,
+    ) -> Reply:
+        """Read `deltas` to the end, and call `on_delta` after each. What was begun on the screen is
+        ended, whatever is raised.
 
         Raises LeaveNow, and the LlmrunError of a failing engine.
         """
@@ -138,6 +144,7 @@ class ReplyView:
                 if delta is None:
                     break
                 self._feed(delta)
+                on_delta()
                 is_interrupted = interrupts.is_pending
         return Reply(
             "".join(self._thinking), self._n_answer, is_interrupted, self._clock() - self._started

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+from llmrun.chat.messages import Message
 from llmrun.chat.session import ChatSession
-from llmrun.chat.store import Conversation, SessionStore, new_id
+from llmrun.chat.store import Conversation, SessionStore, is_new_id, new_id
+from llmrun.engine.types import SamplingParams
+from llmrun.errors import LlmrunError, NotFoundError
 
 if TYPE_CHECKING:
-    from llmrun.chat.messages import Message
     from llmrun.repl.screen import Screen
 
 ThinkMode = Literal["on", "hide", "off"]
 """`on`: thinking is shown dim. `hide`: one line in its place. `off`: the model does not think."""
 
-SwitchModel = Callable[[str], ChatSession]
-"""Loads another model and returns a fresh session on it; closing the old engine is its business.
-Raises LlmrunError when that does not work, and then the old session must still be usable."""
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """What came of changing the model: a fresh session on the new one. With an `error` the new one
+    could not be loaded, and the session is a fresh one on the old model."""
+
+    session: ChatSession
+    error: LlmrunError | None = None
+
+
+SwitchModel = Callable[[str], Switched]
+"""Loads another model; closing the old engine is its business. Raises LlmrunError when nothing
+was changed and the old session is still usable."""
 
 _UNSAVED_SAMPLING = ("grammar", "logit_bias", "dry_breakers")
+SAVED_SAMPLING = tuple(
+    field.name for field in fields(SamplingParams) if field.name not in _UNSAVED_SAMPLING
+)
 
 
 @dataclass(slots=True)
@@ -28,6 +44,11 @@ class ReplState:
     """`conversation` is the saved form of `session`; its id changes with /save, /load and /clear.
 
     `last_thinking` is the thinking of the last answer, `n_tokens_total` counts this session's.
+    `unanswered` is a question that was loaded without an answer; it stays saved until the next one.
+    `forked_from` is the name of a conversation that another program has changed since, so that this
+    one goes on under a new name; the loop tells that once.
+    `fixed` names the settings that the command line gave, which no saved conversation changes.
+    `base_sampling` is the sampling that the model came with, before anything was changed here.
     """
 
     session: ChatSession
@@ -38,25 +59,48 @@ class ReplState:
     think_mode: ThinkMode = "on"
     switch_model: SwitchModel | None = None
     list_models: Callable[[], Iterable[str]] | None = None
+    unanswered: str | None = None
+    forked_from: str | None = None
     last_thinking: str = ""
     n_answers: int = 0
     n_tokens_total: int = 0
     busy_s_total: float = 0.0
-    default_sampling: dict[str, object] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+    base_sampling: SamplingParams = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base_sampling = self.session.sampling
 
     def save(self) -> None:
-        """Write the conversation to the store, if there is one. Raises LlmrunError."""
+        """Write the conversation to the store, if there is one. Raises LlmrunError.
+
+        One that holds no question any more goes, unless the user gave it a name.
+        """
         if self.store is None:
             return
-        if self.conversation is None:
-            if not any(message.role == "user" for message in self.session.messages):
+        messages = self.session.messages_so_far
+        if self.unanswered is not None:
+            messages = (*messages, Message("user", self.unanswered))
+        if not any(message.role == "user" for message in messages):
+            if self.conversation is None:
                 return
+            if is_new_id(self.conversation.id):
+                with contextlib.suppress(NotFoundError):
+                    self.store.delete(self.conversation.id)
+                self.conversation = None
+                return
+        if self.conversation is None:
             self.conversation = Conversation(new_id(), self.model, ())
+        saved = self.conversation
+        if saved.stamp is not None and self.store.stamp(saved.id) not in (None, saved.stamp):
+            # Both go on from here, and neither takes the other's turns away.
+            self.conversation = replace(saved, id=new_id(), created=None)
+            self.forked_from = saved.id
         self.conversation = self.store.save(
             replace(
                 self.conversation,
                 model=self.model,
-                messages=self.session.messages,
+                messages=messages,
                 settings=self._settings(),
             )
         )
@@ -64,24 +108,38 @@ class ReplState:
     def begin_conversation(self) -> None:
         """What follows is saved under a new name."""
         self.conversation = None
+        self.unanswered = None
         self.last_thinking = ""
 
     def put_messages(self, messages: Iterable[Message]) -> None:
         """Replace the session's messages, all else unchanged."""
-        self.adopt(self.session, messages)
+        self.session = self._copy(self.session, self.session.sampling, messages)
 
-    def adopt(self, session: ChatSession, messages: Iterable[Message]) -> None:
-        """Go on with these messages on the engine of `session`, with the settings of now."""
+    def adopt(self, session: ChatSession) -> None:
+        """Go on with the conversation on the engine of `session`. What was changed here stays
+        changed; what the old model came with gives way to what the new one came with."""
         old = self.session
-        is_same = session is old
-        self.session = ChatSession(
+        changed = {
+            name: getattr(old.sampling, name)
+            for name in SAVED_SAMPLING
+            if getattr(old.sampling, name) != getattr(self.base_sampling, name)
+        }
+        self.base_sampling = session.sampling
+        sampling = replace(session.sampling, **changed)
+        self.session = self._copy(session, sampling, old.messages)
+
+    def _copy(
+        self, session: ChatSession, sampling: SamplingParams, messages: Iterable[Message]
+    ) -> ChatSession:
+        """A session on the engine of `session`, with the settings of now."""
+        return ChatSession(
             session.engine,
             template=session.template,
-            sampling=old.sampling if is_same else session.sampling,
+            sampling=sampling,
             template_args=session.template_args,
-            max_tokens=old.max_tokens,
-            stop=old.stop,
-            enable_thinking=old.enable_thinking,
+            max_tokens=self.session.max_tokens,
+            stop=self.session.stop,
+            enable_thinking=self.session.enable_thinking,
             messages=tuple(messages),
         )
 
@@ -90,11 +148,11 @@ class ReplState:
         return len(tokenizer.tokenize(text, add_special=False, parse_special=False))
 
     def _settings(self) -> dict[str, object]:
-        sampling = asdict(self.session.sampling)
-        for key in _UNSAVED_SAMPLING:
-            del sampling[key]
+        session = self.session
         return {
-            "sampling": sampling,
-            "max_tokens": self.session.max_tokens,
+            "sampling": {name: getattr(session.sampling, name) for name in SAVED_SAMPLING},
+            "max_tokens": session.max_tokens,
+            "stop": list(session.stop),
             "think": self.think_mode,
+            "enable_thinking": session.enable_thinking,
         }

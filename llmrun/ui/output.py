@@ -140,11 +140,12 @@ class Output:
             self.environment.stderr.write(safe + end)
         self.environment.stderr.flush()
 
-    def confirm(self, question: str) -> bool:
-        """Ask on the terminal; no is the default. Raises UsageError where nobody can be asked."""
+    def confirm(self, question: str, *, agreeing: str = "pass --yes to agree") -> bool:
+        """Ask on the terminal; no is the default. Raises UsageError where nobody can be asked, with
+        `agreeing`, the command that asks nothing, as its hint."""
         if self.yes:
             return True
-        answer = self._ask(f"{question} [y/N] ", "pass --yes to agree")
+        answer = self._ask(f"{question} [y/N] ", agreeing)
         return answer.strip().lower() in ("y", "yes")
 
     def _ask(self, prompt: str, hint: str) -> str:

@@ -112,6 +112,27 @@ def test_signals(number: signal.Signals, code: int, tmp_path: Path) -> None:
     assert b"Traceback" not in err and (first + out).endswith(b"\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_chat_that_is_ended_keeps_what_was_said(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(model_bytes(n_ctx_train=32768))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmrun", "chat", str(tmp_path / "tiny.gguf"),
+         "--logit-bias", "2=ban", "--logit-bias", "4=ban"],
+        env=make_environ(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"Hi\n")
+    process.stdin.flush()
+    process.stdout.read(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"Traceback" not in err
+    (saved,) = tmp_path.rglob("sessions/*.json")
+    question, answer = json.loads(saved.read_text("utf-8"))["messages"]
+    assert question["content"] == "Hi" and answer["interrupted"] and answer["content"]
+
+
 def test_a_reader_that_leaves_is_no_trouble(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(model_bytes(n_ctx_train=32768))
     process = subprocess.Popen(

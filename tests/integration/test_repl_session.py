@@ -13,6 +13,7 @@ from llmrun.chat.store import SessionStore
 from llmrun.engine.types import PromptEvent
 from llmrun.errors import EngineError
 from llmrun.repl.loop import Repl
+from llmrun.repl.state import Switched
 from tests.fakes.fake_engine import CHATML, FakeEngine, FakeStream, fake_facts
 
 THINKING = CHATML + "{# <think> </think> enable_thinking #}"
@@ -166,6 +167,7 @@ def test_ctrl_c_before_the_first_word_gives_the_question_back(tmp_path):
     run = Run(tmp_path, ["one"], [[KeyboardInterrupt()]])
     assert run.contents == []
     assert run.lines.defaults == ["", "one"]
+    assert "tok/s" not in run.stderr and "first token" not in run.stderr
 
 
 @pytest.mark.parametrize(("wait_s", "code"), [(0.5, 130), (1.5, 0)])
@@ -343,7 +345,11 @@ def test_progress_of_a_long_prompt_is_shown_and_erased(tmp_path, monkeypatch):
 
 def test_switch_model(tmp_path):
     other = FakeEngine(["I am new."])
-    run = Run(tmp_path, ["hi", "/model new", "who?"], switch_model=lambda name: ChatSession(other))
+    run = Run(
+        tmp_path,
+        ["hi", "/model new", "who?"],
+        switch_model=lambda name: Switched(ChatSession(other)),
+    )
     assert run.stdout == "Hello!\nI am new.\n"
     assert len(other.requests) == 1
 
@@ -386,3 +392,46 @@ def test_names_and_errors_cannot_drive_the_terminal(tmp_path):
     ).run(Lines(["one", "two", "/show"]))
     assert "\x1b]" not in out.getvalue() and "\x1b[2J" not in out.getvalue()
     assert "\x9b" not in out.getvalue() and "\x07" not in out.getvalue()
+
+
+# ---- a full context, told and asked
+
+
+def saved_contents(store):
+    (saved,) = store.list()
+    return [message.content for message in store.load(saved.id).messages]
+
+
+def test_a_message_typed_at_the_question_is_not_lost(tmp_path):
+    run = long_talk(tmp_path, ["what is this?", "d"])
+    assert len(run.lines.asked) == 2
+    assert run.contents == ["c" * 60, "x" * 60, "d", "x" * 60]
+
+
+def test_a_choice_that_is_not_offered_is_asked_again(tmp_path):
+    lines = Lines(["a"], ["d", "c"])
+    run = Run(tmp_path, lines, ["x" * 400], n_ctx=128)
+    assert len(run.lines.asked) == 2 and run.lines.defaults == ["", ""]
+    assert run.contents == []
+
+
+def test_an_edited_question_that_is_too_long_offers_the_choices(tmp_path):
+    lines = Lines(["a" * 60, "b" * 60, "/edit", "c" * 250], ["d"])
+    run = Run(tmp_path, lines, ["x" * 60], n_ctx=400)
+    assert run.lines.asked and run.contents == ["c" * 250, "x" * 60]
+    lines = Lines(["a" * 60, "b" * 60, "/edit", "c" * 250], ["l"])
+    run = Run(tmp_path / "2", lines, ["x" * 60], n_ctx=400)
+    assert saved_contents(run.store) == ["a" * 60, "x" * 60, "b" * 60, "x" * 60]
+    assert run.lines.defaults[-1] == "c" * 250
+
+
+def test_a_message_that_fits_no_context_is_in_the_line_again(tmp_path):
+    run = Run(tmp_path, ["a" * 900], n_ctx=350)
+    assert "shorten the message" in run.stderr
+    assert run.lines.defaults == ["", "a" * 900]
+
+
+def test_a_message_that_failed_is_in_the_line_again(tmp_path):
+    run = Run(tmp_path, ["one"], [EngineError("llama_decode failed")])
+    assert run.lines.defaults == ["", "one"]
+    assert run.store.list() == ()

@@ -446,6 +446,7 @@ def test_the_bundled_file_answers_when_the_hub_does_not(world: World, error) -> 
     assert (found.origin, found.quant, found.local_paths) == ("bundled", "Q4_1", ())
     assert found.bundled is CATALOG.get("smollm2-135m").bundled
     assert found.files[0].n_bytes == 98_362_432
+    assert len(found.notes) == 1 and found.notes[0].startswith("the hub ")
     assert (found.repo, found.commit) == (None, None)
     assert found.reference == "smollm2-135m"
     assert world.resolve(SMOL).reference == "smollm2-135m"

@@ -117,6 +117,8 @@ def _pieces() -> st.SearchStrategy[str]:
     cuts=st.lists(st.integers(0, 200), max_size=12),
 )
 @example(THINK, False, "a <think>b", [1, 4])
+@example(HARMONY, False, "</seed:think><|message|>", [2])
+@example(HARMONY, False, "<|channel|>" + "a" * 240 + "<|message|>b", [258])
 def test_any_cutting_gives_the_same_result(fmt, inside, text, cuts):
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[a:b] for a, b in itertools.pairwise(borders)]

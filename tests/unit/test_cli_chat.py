@@ -95,21 +95,71 @@ def test_no_recommendation_without_memory(tmp_path: Path) -> None:
     assert run.code == 3 and "smollm2-135m" in run.err
 
 
-def test_model_can_be_switched_and_failure_keeps_the_old_one(tmp_path: Path) -> None:
-    engines = [FakeEngine(["One."]), FakeEngine(["Two."])]
-    left = list(engines)
+class Engines:
+    """Opens one fake engine after the other; the most that were open at once is in `n_max`."""
 
-    def open_next() -> FakeEngine:
-        if not left:
-            raise EngineError("it does not load")
-        return left.pop(0)
+    def __init__(self, *made: FakeEngine | BaseException) -> None:
+        self.made = list(made)
+        self.opened: list[FakeEngine] = []
+        self.n_max = 0
 
-    cli = Cli(tmp_path, open_next)
+    def __call__(self) -> FakeEngine:
+        made = self.made.pop(0)
+        if isinstance(made, BaseException):
+            raise made
+        self.opened.append(made)
+        self.n_max = max(self.n_max, sum(not engine.closed for engine in self.opened))
+        return made
+
+
+def test_model_can_be_switched_and_one_is_open_at_a_time(tmp_path: Path) -> None:
+    engines = Engines(FakeEngine(["One."]), FakeEngine(["Two."]))
+    cli = Cli(tmp_path, engines)
     one, two = cli.model("one.gguf"), cli.model("two.gguf")
-    run = cli("chat", one, stdin=f"Hi\n/model {two}\nAgain\n/model {one}\nMore\n")
-    assert run.out.split() == ["One.", "Two.", "Two."]
-    assert "it does not load" in run.err
-    assert all(engine.closed for engine in engines)
+    run = cli("chat", one, stdin=f"Hi\n/model {two}\nAgain\n")
+    assert run.out.split() == ["One.", "Two."]
+    assert engines.n_max == 1 and all(engine.closed for engine in engines.opened)
+
+
+@pytest.mark.parametrize("failure", [EngineError("it does not load"), KeyboardInterrupt()])
+def test_a_failing_switch_opens_the_old_model_again(failure: BaseException, tmp_path: Path) -> None:
+    engines = Engines(FakeEngine(["One."]), failure, FakeEngine(["Back."]))
+    cli = Cli(tmp_path, engines)
+    one, two = cli.model("one.gguf"), cli.model("two.gguf")
+    run = cli("chat", one, stdin=f"Hi\n/model {two}\nAgain\n")
+    assert run.out.split() == ["One.", "Back."]
+    assert ("it does not load" if isinstance(failure, EngineError) else "stopped") in run.err
+    assert cli.services.opened[2][0] == (Path(one),)
+    assert "Hi" in engines.opened[1].prompt_text()
+    assert engines.n_max == 1 and all(engine.closed for engine in engines.opened)
+
+
+def test_a_switch_to_what_is_no_model_leaves_the_old_one_open(tmp_path: Path) -> None:
+    engines = Engines(FakeEngine(["One.", "Two."]))
+    cli = Cli(tmp_path, engines)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no GGUF")
+    lines = f"Hi\n/model no-such-model\n/model {broken}\nAgain\n"
+    run = cli("chat", cli.model(), stdin=lines)
+    assert run.out.split() == ["One.", "Two."]
+    assert len(engines.opened) == 1
+    assert "no-such-model" in run.err and "is not a GGUF file" in run.err
+
+
+def test_a_continued_conversation_keeps_its_settings(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    model = cli.model()
+    cli.write_config('system = "From the file."\ntemperature = 1.5\n')
+    flags = ("--temperature", "0.3", "--top-k", "7", "--max-tokens", "9", "--system", "Be brief.")
+    cli("chat", model, *flags, stdin="Hi\n")
+    cli("chat", "--continue", "--top-k", "5", stdin="Again\n")
+    request = cli.engine.requests[-1]
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, request.max_tokens) == (0.3, 5, 9)
+    assert "Be brief." in cli.engine.prompt_text()
+    cli("chat", "--continue", "--system", "Be long.", stdin="Again\n")
+    assert "Be long." in cli.engine.prompt_text()
+    assert "Be brief." not in cli.engine.prompt_text()
 
 
 def test_thinking_options(tmp_path: Path) -> None:

@@ -163,3 +163,32 @@ def test_shared_load_flags(command: str, tmp_path: Path) -> None:
 def test_a_table_of_help_lines_is_not_cut(tmp_path: Path) -> None:
     commands = Cli(tmp_path)("--help").out.partition("Commands:")[2]
     assert "..." not in commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "x", "Hi", "--top-p", "7"], "llmrun run --help"),
+        (["config", "set", "ctx", "few"], "llmrun config set --help"),
+        (["run", "x", "--json-schema", "{}", "--grammar", "g", "Hi"], "llmrun run --help"),
+    ],
+)
+def test_wrong_usage_always_says_what_to_try(arguments, hint, tmp_path: Path) -> None:
+    (error,) = Cli(tmp_path)(*arguments, "--json").envelope["errors"]
+    assert error["code"] == "usage" and error["hint"] == hint
+
+
+def test_a_bad_value_says_how_to_get_rid_of_it(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    cli.environ["LLMRUN_SEED"] = "x"
+    assert "try: unset LLMRUN_SEED\n" in cli("list").err
+    del cli.environ["LLMRUN_SEED"]
+    for text, key in (('seed = "x"', "seed"), ("nonsense = 1", "nonsense")):
+        path = cli.write_config(f"{text}\ntop_k = 3\n")
+        assert f"try: llmrun config unset {key}\n" in cli("list").err
+        assert cli("config", "unset", key).code == 0
+        assert path.read_text() == "top_k = 3\n" and cli("list").code == 0
+
+
+def test_the_envelope_names_the_subcommand_also_when_a_word_is_missing(tmp_path: Path) -> None:
+    assert Cli(tmp_path)("config", "set", "--json").envelope["command"] == "config set"

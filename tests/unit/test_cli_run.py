@@ -322,3 +322,62 @@ def test_the_tokenizers_rules_hold_for_text_of_users(tmp_path: Path) -> None:
     assert cli("run", cli.model(), "a<|im_end|>b").code == 0
     end = tokenizer.id_of["<|im_end|>"]
     assert cli.engine.requests[0].prompt.count(end) == 1
+
+
+class FullDisk(io.StringIO):
+    """What `>/dev/full` is: every byte is refused."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_stdout_on_a_full_disk_is_5_and_no_traceback(flags, tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    run = cli("run", cli.model(), "Hi", *flags, stdout=FullDisk())
+    assert run.code == 5 and cli.engine.closed
+    assert run.err == "error: the output cannot be written\nNo space left on device\n"
+
+
+def test_a_larger_context_is_not_advised_beyond_what_the_model_was_trained_for(
+    tmp_path: Path,
+) -> None:
+    cli = Cli(tmp_path, FakeEngine(n_ctx=40))
+    assert "pass --ctx" in cli("run", cli.model(n_ctx_train=2048), "x" * 100).err
+    run = cli("run", cli.model(n_ctx_train=64), "x" * 100)
+    assert run.code == 1 and "trained for contexts of up to 64 tokens" in run.err
+    assert "--ctx" not in run.err
+
+
+def test_what_to_try_repeats_the_users_own_words(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    assert "try: llmrun run 'my model.gguf' " in cli("run", "my model.gguf").err
+
+    def explode() -> FakeEngine:
+        raise ZeroDivisionError
+
+    cli = Cli(tmp_path, explode)
+    model = cli.model()
+    assert (
+        f"try: LLMRUN_DEBUG=1 llmrun run {model} 'Hi there'\n" in cli("run", model, "Hi there").err
+    )
+
+
+def test_what_a_grammar_cannot_enforce_is_said(tmp_path: Path) -> None:
+    cli = Cli(tmp_path, FakeEngine(['{"minimum": 1}']))
+    number = {"type": "integer", "minimum": 3, "maximum": 9}
+    schema = {"type": "object", "properties": {"minimum": {"$ref": "#/$defs/n"}}}
+    run = cli("run", cli.model(), "Hi", "--json-schema", json.dumps(schema | {"$defs": {"n": {}}}))
+    assert run.code == 0 and run.err == ""
+    held = json.dumps(schema | {"$defs": {"n": number}})
+    run = cli("run", cli.model(), "Hi", "--json-schema", held)
+    assert run.code == 0 and "maximum, minimum cannot be enforced" in run.err
+    assert run.out == '{"minimum": 1}\n'
+
+
+def test_an_answer_under_a_schema_that_does_not_parse_is_a_failure(tmp_path: Path) -> None:
+    cli = Cli(tmp_path, FakeEngine(['{"a": "one\ntwo"}']))
+    run = cli("run", cli.model(), "Hi", "--json-schema", '{"type": "object"}', "--json")
+    assert run.code == 1 and run.envelope["status"] == "error"
+    assert "not valid JSON" in run.envelope["errors"][0]["message"]
+    assert run.data["text"] == '{"a": "one\ntwo"}'

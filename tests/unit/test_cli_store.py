@@ -355,3 +355,39 @@ def test_config_file_and_environment_reach_a_run(tmp_path: Path) -> None:
     request = cli.engine.requests[0]
     assert (request.sampling.temperature, request.sampling.top_k) == (0.25, 11)
     assert request.stop == ("X",) and "From the file." in cli.engine.prompt_text()
+
+
+def test_config_lists_can_be_changed_and_removed(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    path = cli.write_config('stop = ["a, ]", "b"]  # mine\nseed = 1\n')
+    assert cli("config", "set", "stop", "# c").code == 0
+    assert path.read_text() == 'stop = ["# c"]  # mine\nseed = 1\n'
+    assert cli("config", "unset", "stop").code == 0
+    assert path.read_text() == "seed = 1\n"
+
+
+def test_a_dashed_key_in_the_config_file_counts(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    cli.write_config("max-tokens = 7\n")
+    rows = {row["key"]: row for row in cli("config", "--json").data["settings"]}
+    assert rows["max_tokens"]["value"] == 7 and rows["max_tokens"]["source"] == "file"
+
+
+def test_a_stored_model_with_a_broken_header_says_how_to_mend_it(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    link = cli.store_model()
+    link.resolve().write_bytes(b"XXXX" + link.read_bytes()[4:])
+    name = "org/tiny-GGUF:Q8_0"
+    for command in (["run", name, "Hi"], ["show", name], ["verify", name]):
+        run = cli(*command)
+        assert run.code == 7
+        assert f"try: llmrun rm {name} --yes && llmrun pull {name}\n" in run.err
+
+
+def test_a_question_nobody_can_answer_gives_the_command_that_asks_nothing(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    cli.store_model()
+    cli.store_partial()
+    run = cli("rm", "org/tiny-GGUF:Q8_0")
+    assert "try: llmrun rm --yes org/tiny-GGUF:Q8_0\n" in run.err
+    assert "try: llmrun prune --yes\n" in cli("prune").err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llmrun.hub.mapping import (
     retry_wait_s,
     status_error,
     told_wait_s,
+    unreachable,
 )
 
 
@@ -75,6 +77,21 @@ def test_other_disk_trouble_is_exit_1() -> None:
 
 def test_offline_says_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert offline_error("").why == "HF_HUB_OFFLINE is set"
+    assert str(offline_error("").why).startswith("HF_HUB_OFFLINE is set")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert offline_error("").why == "--offline is in force"
+    assert str(offline_error("").why).startswith("--offline is in force")
+
+
+def test_what_to_try_is_a_command_that_can_be_pasted() -> None:
+    statuses = (401, 403, 404, 429, 500, 418)
+    errors = [status_error("org/x", status, {}) for status in statuses]
+    full = disk_error(OSError(errno.ENOSPC, "full"), Path("/data"), 5)
+    for error in (*errors, offline_error("org/x"), unreachable(None), full):
+        assert re.fullmatch(r"(llmrun|hf) [a-z]+( \S+)?", error.hint or ""), error.hint
+
+
+def test_an_endpoint_without_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "nonsense")
+    assert "(nonsense)" in unreachable("no name").message

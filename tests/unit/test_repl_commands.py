@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from llmrun.chat.session import ChatSession
-from llmrun.chat.store import SessionStore
-from llmrun.errors import LlmrunError, NotFoundError, UsageError
+from llmrun.chat.store import Conversation, SessionStore
+from llmrun.engine.types import SamplingParams
+from llmrun.errors import EngineError, LlmrunError, NotFoundError, UsageError
 from llmrun.repl.commands import (
     COMMANDS,
     complete_command,
@@ -17,9 +18,9 @@ from llmrun.repl.commands import (
     run_command,
     unescape_message,
 )
-from llmrun.repl.parameters import PARAMETERS
+from llmrun.repl.parameters import PARAMETERS, restore_settings
 from llmrun.repl.screen import Screen
-from llmrun.repl.state import ReplState
+from llmrun.repl.state import ReplState, Switched
 from tests.fakes.fake_engine import CHATML, FakeEngine, fake_facts
 
 THINKING = CHATML + "{# <think> </think> enable_thinking #}"
@@ -257,7 +258,7 @@ def test_load_and_list(bench):
     text = bench.run("/load trip")
     assert "Loaded trip: 3 messages." in text and "where to go?" in text
     assert bench.contents == ["Be brief.", "where to go?", "Hello!"]
-    assert bench.state.session.sampling.temperature == 0.1
+    assert bench.state.session.sampling.temperature == 0.8
     assert "trip" in bench.run("/list")
     bench.talk("and then?")
     assert len(bench.state.store.load("trip").messages) == 5
@@ -278,7 +279,7 @@ def test_model(tmp_path):
     other = FakeEngine(["I am the other."])
     bench = Bench(
         tmp_path,
-        switch_model=lambda name: ChatSession(other),
+        switch_model=lambda name: Switched(ChatSession(other)),
         list_models=lambda: ["fake-1b", "other-2b"],
     )
     bench.talk("one")
@@ -295,7 +296,7 @@ def test_model(tmp_path):
 
 def test_a_switch_to_a_model_without_a_template_is_told(tmp_path):
     other = FakeEngine(facts=fake_facts(None))
-    bench = Bench(tmp_path, switch_model=lambda name: ChatSession(other))
+    bench = Bench(tmp_path, switch_model=lambda name: Switched(ChatSession(other)))
     assert "no chat template" in bench.run("/model base")
 
 
@@ -349,3 +350,110 @@ def test_completion(tmp_path, before, expected):
 def test_completion_of_nothing(bench):
     assert complete_command(bench.state, "/nosuch x") == []
     assert complete_command(bench.state, "/think on o") == []
+
+
+def test_load_brings_back_the_settings_but_those_of_the_command_line(tmp_path):
+    bench = Bench(tmp_path, template=THINKING, fixed=frozenset({"top_k"}))
+    for line in ("temp 0.25", "top_k 9", "seed 5", "max_tokens 77", "think hide"):
+        bench.run(f"/set {line}")
+    bench.state.session.stop = ("END",)
+    bench.talk("one")
+    bench.run("/save trip")
+    bench.run("/clear")
+    for line in ("temp 0.5", "top_k 3", "seed none", "max_tokens none", "think off"):
+        bench.run(f"/set {line}")
+    bench.state.session.stop = ()
+    bench.run("/load trip")
+    state, sampling = bench.state, bench.state.session.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.25, 3, 5)
+    assert (state.session.max_tokens, state.session.stop) == (77, ("END",))
+    assert (state.think_mode, state.session.enable_thinking) == ("hide", True)
+
+
+def test_saved_sampling_is_for_its_model_only(bench):
+    bench.run("/set temp 0.25")
+    bench.talk("one")
+    bench.run("/save trip")
+    bench.state.model = "other-2b"
+    bench.run("/set temp 0.5")
+    bench.run("/load trip")
+    assert bench.state.session.sampling.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampling": {"temperature": "hot", "top_k": -5, "seed": True, "min_p": None, "x": 1}},
+        {"sampling": {"temperature": float("nan"), "top_k": 1.5, "dry_base": [1]}},
+        {"sampling": [1], "max_tokens": "all", "stop": "x", "think": "much", "enable_thinking": 3},
+        {"stop": [1, ""], "think": ["on"], "max_tokens": -1},
+    ],
+)
+def test_saved_settings_that_are_no_values_are_left_out(bench, settings):
+    before = bench.state.session.sampling
+    conversation = Conversation("trip", "fake-1b", (), settings)
+    restore_settings(bench.state, conversation)
+    session = bench.state.session
+    assert session.sampling == before
+    assert (session.max_tokens, session.stop, bench.state.think_mode) == (None, (), "on")
+
+
+def test_a_switch_keeps_what_was_set_and_takes_the_rest_from_the_new_model(tmp_path):
+    advice = SamplingParams(temperature=0.1, top_k=64)
+    bench = Bench(
+        tmp_path,
+        switch_model=lambda name: Switched(ChatSession(FakeEngine(), sampling=advice)),
+    )
+    bench.run("/set temp 0.6")
+    bench.run("/model other-2b")
+    sampling = bench.state.session.sampling
+    assert (sampling.temperature, sampling.top_k) == (0.6, 64)
+
+
+def test_a_switch_is_saved_at_once(tmp_path):
+    bench = Bench(tmp_path, switch_model=lambda name: Switched(ChatSession(FakeEngine())))
+    bench.talk("one")
+    bench.run("/model other-2b")
+    assert bench.state.store.latest().model == "other-2b"
+
+
+def test_a_failed_switch_goes_on_with_the_old_model_reopened(tmp_path):
+    again = FakeEngine(["I am back."])
+    bench = Bench(
+        tmp_path,
+        switch_model=lambda name: Switched(ChatSession(again), EngineError("it does not load")),
+    )
+    bench.talk("one")
+    bench.run("/set temp 0.6")
+    bench.engine.close()
+    with pytest.raises(EngineError):
+        bench.run("/model other-2b")
+    bench.talk("two")
+    assert bench.contents == ["Be brief.", "one", "Hello!", "two", "I am back."]
+    assert bench.state.model == "fake-1b" and bench.state.session.sampling.temperature == 0.6
+
+
+def test_the_model_in_use_is_not_loaded_again(tmp_path):
+    bench = Bench(tmp_path, switch_model=None)
+    bench.state.switch_model = lambda name: pytest.fail("loaded")
+    assert "in use already" in bench.run("/model fake-1b")
+
+
+def test_an_undone_conversation_leaves_no_empty_file(bench):
+    bench.talk("one")
+    bench.run("/undo")
+    assert bench.state.store.list() == ()
+    bench.talk("one")
+    bench.run("/save mine")
+    bench.run("/undo")
+    assert [saved.id for saved in bench.state.store.list()] == ["mine"]
+
+
+def test_the_conversation_in_use_can_be_loaded(bench):
+    bench.talk("one")
+    bench.run("/save mine")
+    list(bench.state.session.send("two"))
+    bench.run("/load mine")
+    assert bench.contents == ["Be brief.", "one", "Hello!", "two", "Hello!"]
+    bench.talk("three")
+    assert [saved.id for saved in bench.state.store.list()] == ["mine"]

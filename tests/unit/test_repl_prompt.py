@@ -210,3 +210,11 @@ def test_input_that_is_no_text():
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8")
     with pytest.raises(UsageError):
         PlainLineReader(stdin, io.StringIO())()
+
+
+def test_bytes_that_are_no_utf8_are_refused():
+    stdin = io.TextIOWrapper(io.BytesIO(b"x\xff\nfine\n"), "utf-8", errors="surrogateescape")
+    read = PlainLineReader(stdin, io.StringIO())
+    with pytest.raises(UsageError):
+        read()
+    assert read() == "fine"
