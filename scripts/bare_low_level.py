@@ -24,7 +24,7 @@ C.llama_backend_init()
 model = C.llama_model_load_from_file(path.encode(), C.llama_model_default_params())
 vocab = C.llama_model_get_vocab(model)
 params = C.llama_context_default_params()
-params.n_ctx = 4096
+params.n_ctx = 2048  # what llmrun plans for so short an answer
 params.n_batch = 512
 params.n_threads = params.n_threads_batch = 2
 params.n_outputs_max = 1

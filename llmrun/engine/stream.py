@@ -13,6 +13,9 @@ from llmrun.engine.types import Event, FinishEvent
 _READER_WAIT_S = 0.5
 
 
+_LAST = (FinishEvent, BaseException)  # what no other event follows
+
+
 class Stream:
     """The events of one request, in order; ends after its FinishEvent.
 
@@ -56,5 +59,5 @@ class Stream:
     def put(self, event: Event | BaseException) -> None:
         """For the engine's thread."""
         self._events.put(event)
-        if isinstance(event, FinishEvent | BaseException):
+        if isinstance(event, _LAST):
             self._last = event
