@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,18 +97,33 @@ def _load(services: Services, acquired: Acquired, on_progress: LoadProgress | No
         except BaseException as error:  # noqa: BLE001 - raised again below
             ended.put(error)
 
-    threading.Thread(target=load, name="llmrun-load", daemon=True).start()
+    thread = threading.Thread(target=load, name="llmrun-load", daemon=True)
     try:
+        _start_undisturbed(thread)
         import llmrun.chat.session  # noqa: F401 - ready by the time the weights are
 
         engine = ended.get()
     except BaseException:
         stopped.set()
-        _close_when_loaded(ended)
+        if thread.ident is not None:
+            _close_when_loaded(ended)
         raise
     if isinstance(engine, BaseException):
         raise engine
     return engine
+
+
+def _start_undisturbed(thread: threading.Thread) -> None:
+    """Start a thread; a signal that comes meanwhile is heard when the thread is surely running.
+    The thread, and those that the library starts from it, leave signals to this one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        thread.start()
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close_when_loaded(ended: queue.SimpleQueue[EngineLike | BaseException]) -> None:
