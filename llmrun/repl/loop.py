@@ -87,8 +87,8 @@ class Repl:
         return complete_command(self.state, before)
 
     def run(self, read_line: LineReader) -> int:
-        """Until the user leaves. Returns the exit code: 0, 130 after two Ctrl-C, or 1 when nobody
-        could be asked (input is no terminal) and a turn or command failed."""
+        """Until the user leaves. Returns the exit code: 0, 130 after two Ctrl-C (one where
+        input is no terminal), or 1 when nobody could be asked and a turn or command failed."""
         self._read_line = read_line
         self._greet()
         self._take_unanswered()
@@ -242,6 +242,8 @@ class Repl:
         finally:
             self._save()
         self._tell_end(reply)
+        if reply.is_interrupted and not self._read_line.is_interactive:
+            raise LeaveNow  # a script's Ctrl-C means the script, not this answer
         return reply
 
     def _tell_end(self, reply: Reply) -> None:

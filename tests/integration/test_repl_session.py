@@ -163,6 +163,14 @@ def test_ctrl_c_keeps_what_came(tmp_path):
     assert run.contents[2:] == ["two", "Fine."]
 
 
+def test_ctrl_c_ends_a_script_and_keeps_what_came(tmp_path):
+    lines = Lines(["one", "two"], is_interactive=False)
+    run = Run(tmp_path, lines, [["Hel", KeyboardInterrupt(), "lo"], "Fine."])
+    assert run.code == 130
+    assert run.stdout == "Hel\n"
+    assert run.session.messages[1].interrupted
+
+
 def test_ctrl_c_before_the_first_word_gives_the_question_back(tmp_path):
     run = Run(tmp_path, ["one"], [[KeyboardInterrupt()]])
     assert run.contents == []
