@@ -196,12 +196,12 @@ def _read_model(
         n_params_active=table.count("active"),
         n_ctx=table.count("context"),
         licence=table.need("licence", str),
-        capabilities=capabilities,  # type: ignore[arg-type]
+        capabilities=capabilities,  # type: ignore[arg-type]  # checked against the Literal above
         min_memory_gb=min_memory_gb,
         min_memory_source=None if min_memory_source is None else sources[min_memory_source],
         memory_note=table.optional("memory_note", str),
         memory=tuple(memory),
-        pooling=pooling,  # type: ignore[arg-type]
+        pooling=pooling,  # type: ignore[arg-type]  # checked against the Literal above
         n_embd=table.count("n_embd"),
         query_prefix=table.optional("query_prefix", str),
         document_prefix=table.optional("document_prefix", str),

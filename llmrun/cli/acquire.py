@@ -50,10 +50,10 @@ def wishes_of(settings: Settings, n_ctx_enough: int | None = None) -> Wishes:
     """The planner's wishes from the load options."""
     from llmrun.fit.plan import Wishes
 
-    layers = settings.gpu_layers
+    # `config.parse_value` admits only the words of the option table, which are those of Wishes.
     return Wishes(
         n_ctx=settings.ctx,
-        n_gpu_layers=layers,  # type: ignore[arg-type]
+        n_gpu_layers=settings.gpu_layers,  # type: ignore[arg-type]
         type_k=settings.kv_type,  # type: ignore[arg-type]
         type_v=settings.kv_type,  # type: ignore[arg-type]
         flash_attn=settings.flash_attn,  # type: ignore[arg-type]

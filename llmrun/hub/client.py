@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrun import __version__
-from llmrun.errors import DamagedFileError, LlmrunError, NotFoundError
+from llmrun.errors import DamagedFileError, LlmrunError
 from llmrun.gguf.naming import quant_of, role_of, safe_repo_path
 from llmrun.gguf.types import ByteSource
 from llmrun.hub import layout
@@ -29,7 +29,6 @@ from llmrun.hub.mapping import (
     MAX_TOTAL_WAIT_S,
     map_errors,
     offline_error,
-    page_url,
     retry_wait_s,
     unreachable,
 )
@@ -224,13 +223,6 @@ class Hub:
 
     def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
-
-
-def missing_file(repo: str, path: str) -> NotFoundError:
-    """`path` is not in the listing of `repo`."""
-    return NotFoundError(
-        f"{repo} has no file {escape_line(path)}", hint=f"see {page_url(repo)}/tree/main"
-    )
 
 
 def _safe_files(entries: Iterable[Any]) -> Iterable[RemoteFile]:

@@ -75,12 +75,11 @@ class Interrupts:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What was shown; `duration_s` is the time it took."""
+    """What was shown."""
 
     thinking: str
     n_answer_chars: int
     is_interrupted: bool
-    duration_s: float
 
 
 class ReplyView:
@@ -146,9 +145,7 @@ class ReplyView:
                 self._feed(delta)
                 on_delta()
                 is_interrupted = interrupts.is_pending
-        return Reply(
-            "".join(self._thinking), self._n_answer, is_interrupted, self._clock() - self._started
-        )
+        return Reply("".join(self._thinking), self._n_answer, is_interrupted)
 
     def _feed(self, delta: Delta) -> None:
         if delta.kind == "thinking":
