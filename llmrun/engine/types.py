@@ -24,6 +24,8 @@ class EngineOptions:
     n_seq_max is the number of sequences that can be in the cache at once.
     n_gpu_layers: -1 is all. use_mmap: leave the weights in the page cache (llama.cpp may still read
     them where the device needs that). use_repack: let the CPU copy weights into its own layout.
+    n_cpu_moe: the experts of the first so many layers stay in RAM, whatever n_gpu_layers says.
+    tensor_split: each GPU's share of the layers, in the engine's order; empty: by free memory.
     """
 
     n_ctx: int = 4096
@@ -38,6 +40,8 @@ class EngineOptions:
     use_mmap: bool = True
     use_repack: bool = True
     check_tensors: bool = False
+    n_cpu_moe: int = 0
+    tensor_split: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,25 +7,11 @@ the architectures that `layers` knows, the compute buffer within about a tenth.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from llmrun.fit.layers import Layer, Layout, read_layout
+from llmrun.fit.types import KV_BLOCKS, MIB, Estimate, KvType, Setup
 from llmrun.gguf.types import ModelInfo
 
-KvType = Literal["f16", "q8_0", "q4_0", "bf16", "f32"]
-Confidence = Literal["formula", "filesize"]
-
-# (values per block, bytes per block), as in ggml.
-KV_BLOCKS: Mapping[KvType, tuple[int, int]] = {
-    "f32": (1, 4),
-    "f16": (1, 2),
-    "bf16": (1, 2),
-    "q8_0": (32, 34),
-    "q4_0": (32, 18),
-}
-MIB = 1 << 20
 _PAD = 256  # llama.cpp rounds the cells of a cache up to this
 
 # Python, the libraries, and tables that are not in any buffer; then the vocabulary, measured.
@@ -45,78 +31,23 @@ _REPACKABLE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Bytes that a loaded model takes.
-
-    `kv_bytes` is the KV cache and any recurrent state, `compute_bytes` the scratch memory of a
-    step, `overhead_bytes` the program around it. `repack_bytes` bounds what a CPU adds when it
-    reorders weights that are also mapped from the file; it is not in the total.
-    `layer_weights` and `layer_kv` split both by layer; `input_bytes` are the weights that never
-    leave RAM and `output_bytes` those behind the last layer. `tied_bytes` come on top when these go
-    to a GPU, because the output is the embedding.
-    Confidence "formula" is good to about a tenth and never far under; "filesize" is a rough upper
-    bound for a model whose build is not known.
-    """
-
-    weights_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    overhead_bytes: int
-    confidence: Confidence
-    notes: tuple[str, ...] = ()
-    repack_bytes: int = 0
-    layer_weights: tuple[int, ...] = ()
-    layer_kv: tuple[int, ...] = ()
-    input_bytes: int = 0
-    output_bytes: int = 0
-    tied_bytes: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.overhead_bytes
-
-
-def estimate(
-    info: ModelInfo,
-    *,
-    n_ctx: int,
-    type_k: KvType = "f16",
-    type_v: KvType = "f16",
-    n_seq: int = 1,
-    unified: bool = True,
-    n_ubatch: int = 512,
-    flash_attn: bool = True,
-    n_outputs_max: int = 1,
-) -> Estimate:
-    """What `info` needs with these settings; they have llama.cpp's names and meaning. Sliding
-    layers are counted with `swa_full` off. An architecture whose rules are not known is answered
-    from the file's size, with a note. A projector or adapter has no context: only its weights and a
-    flat working space count."""
+def estimate(info: ModelInfo, setup: Setup) -> Estimate:
+    """What `info` needs with these settings, wherever it is placed. An architecture whose rules are
+    not known is answered from the file's size, with a note. A projector or adapter has no context:
+    only its weights and a flat working space count."""
     if info.kind in ("projector", "adapter"):
         return Estimate(
             weights_bytes=info.tensor_bytes,
             kv_bytes=0,
             compute_bytes=_PROJECTOR_BYTES if info.kind == "projector" else 0,
             overhead_bytes=0,
-            confidence="formula",
+            source="formula",
             notes=(f"a {info.kind}: counted beside its model",),
         )
     layout = read_layout(info)
     if layout is None:
-        return _estimate_by_size(info, n_ctx)
-    return _estimate_by_layout(
-        info,
-        layout,
-        n_ctx=n_ctx,
-        type_k=type_k,
-        type_v=type_v,
-        n_seq=n_seq,
-        unified=unified,
-        n_ubatch=n_ubatch,
-        flash_attn=flash_attn,
-        n_outputs_max=n_outputs_max,
-    )
+        return _estimate_by_size(info, setup.n_ctx)
+    return _estimate_by_layout(info, layout, setup)
 
 
 def allows_kv_type(info: ModelInfo, kv_type: KvType) -> bool:
@@ -127,27 +58,23 @@ def allows_kv_type(info: ModelInfo, kv_type: KvType) -> bool:
     return all(size % KV_BLOCKS[kv_type][0] == 0 for size in layout.head_sizes)
 
 
-def _estimate_by_layout(
-    info: ModelInfo,
-    layout: Layout,
-    *,
-    n_ctx: int,
-    type_k: KvType,
-    type_v: KvType,
-    n_seq: int,
-    unified: bool,
-    n_ubatch: int,
-    flash_attn: bool,
-    n_outputs_max: int,
-) -> Estimate:
-    n_streams = 1 if unified else n_seq
-    n_cells = _pad(-(-n_ctx // n_streams))
-    window = layout.n_swa * (n_seq if unified else 1) + n_ubatch
+def _estimate_by_layout(info: ModelInfo, layout: Layout, setup: Setup) -> Estimate:
+    n_seq, n_ubatch = setup.n_seq_max, setup.n_ubatch
+    n_streams = 1 if setup.kv_unified else n_seq
+    n_cells = _pad(-(-setup.n_ctx // n_streams))
+    window = layout.n_swa * (n_seq if setup.kv_unified else 1) + n_ubatch
     n_cells_swa = min(n_cells, _pad(window))
+    flash_attn = setup.flash_attn != "off"
     # Without FlashAttention V is stored transposed, every layer as wide as the widest.
     v_width = None if flash_attn else max((layer.v_width for layer in layout.layers), default=0)
     layer_kv = tuple(
-        _layer_kv(layer, n_cells_swa if layer.is_swa else n_cells, type_k, type_v, v_width)
+        _layer_kv(
+            layer,
+            n_cells_swa if layer.is_swa else n_cells,
+            setup.type_k,
+            setup.type_v,
+            v_width,
+        )
         * n_streams
         + 4 * layer.state_values * max(1, n_seq)
         for layer in layout.layers
@@ -155,7 +82,7 @@ def _estimate_by_layout(
     n_layers = len(layout.layers)
     layer_weights, input_bytes, output_bytes, skipped = _split_weights(info, n_layers)
     weights = sum(layer_weights) + input_bytes + output_bytes
-    n_outputs = min(n_ubatch, max(n_outputs_max, n_seq))
+    n_outputs = min(n_ubatch, max(setup.n_outputs_max, n_seq))
     has_attention = layout.is_encoder or any(layer.k_width for layer in layout.layers)
     compute = _compute_bytes(
         layout,
@@ -176,7 +103,7 @@ def _estimate_by_layout(
         compute_bytes=compute,
         # The output rows lie a second time in a buffer of their own.
         overhead_bytes=_HOST_BYTES + (_VOCAB_ENTRY_BYTES + 4 * n_outputs) * layout.n_vocab,
-        confidence="formula",
+        source="formula",
         notes=tuple(notes),
         repack_bytes=_repack_bytes(info),
         layer_weights=layer_weights,
@@ -269,7 +196,7 @@ def _estimate_by_size(info: ModelInfo, n_ctx: int) -> Estimate:
         kv_bytes=2 * n_layers * width * 2 * _pad(n_ctx),
         compute_bytes=256 * MIB,
         overhead_bytes=_HOST_BYTES + _VOCAB_ENTRY_BYTES * (info.n_vocab or 0),
-        confidence="filesize",
+        source="filesize",
         notes=(f"the architecture {info.architecture!r} is not known here: a rough upper bound",),
     )
 

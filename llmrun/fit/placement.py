@@ -7,13 +7,9 @@ one pool: llama.cpp splits the layers by their free memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from llmrun.fit.formula import MIB, Estimate
+from llmrun.fit.types import GIB, Estimate, GpuLayers
 from llmrun.hardware.machine import Machine
-
-GpuLayers = int | Literal["auto", "all"]
-GIB = 1024 * MIB
 
 # Kept free for what no estimate sees: other programs in RAM, the driver's context on a GPU.
 _HOST_MARGIN_SHARE = 10

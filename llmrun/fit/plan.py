@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrun.errors import UsageError, WillNotFitError
-from llmrun.fit.formula import KV_BLOCKS, Estimate, KvType, allows_kv_type, estimate
-from llmrun.fit.placement import GpuLayers, Placement, Pools, place
+from llmrun.fit.formula import allows_kv_type, estimate
+from llmrun.fit.placement import Placement, Pools, place
+from llmrun.fit.types import KV_BLOCKS, Estimate, FlashAttn, GpuLayers, KvType, Setup
 from llmrun.gguf.types import ModelInfo
 from llmrun.hardware.machine import Machine
 from llmrun.hardware.threads import choose_threads
 from llmrun.text import format_bytes
 
 Verdict = Literal["fits", "tight", "does_not_fit"]
-FlashAttn = Literal["auto", "on", "off"]
 
 # Automatic contexts, tried from the largest.
 _CONTEXTS = (32768, 16384, 8192, 4096, 2048)
@@ -228,7 +228,7 @@ def _is_quantized(kv_type: KvType | Literal["auto"]) -> bool:
 
 def _allows(info: ModelInfo, kv_type: KvType) -> bool:
     """Unlike `allows_kv_type`, trusts the user where the architecture is not known."""
-    rough = estimate(info, n_ctx=1).confidence == "filesize"
+    rough = estimate(info, Setup(1)).source == "filesize"
     return rough or allows_kv_type(info, kv_type)
 
 
@@ -302,19 +302,21 @@ def _is_cheap(
     info: ModelInfo, n_ctx: int, wishes: Wishes, types: tuple[KvType, KvType], n_ubatch: int
 ) -> bool:
     need = _estimate(info, _Candidate(n_ctx, *types, ""), wishes, n_ubatch)
-    return need.confidence == "formula" and need.kv_bytes * _CHEAP_SHARE <= need.weights_bytes
+    return need.source == "formula" and need.kv_bytes * _CHEAP_SHARE <= need.weights_bytes
 
 
 def _estimate(info: ModelInfo, candidate: _Candidate, wishes: Wishes, n_ubatch: int) -> Estimate:
     return estimate(
         info,
-        n_ctx=candidate.n_ctx,
-        type_k=candidate.type_k,
-        type_v=candidate.type_v,
-        n_seq=wishes.n_seq,
-        n_ubatch=n_ubatch,
-        flash_attn=wishes.flash_attn != "off",
-        n_outputs_max=wishes.n_seq,
+        Setup(
+            candidate.n_ctx,
+            candidate.type_k,
+            candidate.type_v,
+            wishes.flash_attn,
+            n_seq_max=wishes.n_seq,
+            n_ubatch=n_ubatch,
+            n_outputs_max=wishes.n_seq,
+        ),
     )
 
 

@@ -16,6 +16,8 @@ class Cpu:
     n_physical: cores behind these (a core with two hardware threads counts once).
     n_performance: the fast ones among the n_physical, None where all are alike.
     quota: the container's limit in cores (1.5 is one and a half), None without one.
+    name: the maker's words. features: instruction sets that matter to ggml, as it spells them
+    ("AVX2", "AVX512", "NEON", …); empty when not known.
     """
 
     n_logical: int
@@ -23,6 +25,8 @@ class Cpu:
     n_physical: int
     quota: float | None = None
     n_performance: int | None = None
+    name: str | None = None
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +36,13 @@ class Memory:
     `total_bytes` is the machine's RAM or the smallest limit on this process, whichever is less;
     `available_bytes` can be had now without pushing other programs out. `limit_source` names what
     `available_bytes` comes from: "system", "cgroup <path>", or "unknown", where both are 0.
+    `bandwidth_bytes_s` is how fast it is read by all cores; None when it was not measured.
     """
 
     total_bytes: int
     available_bytes: int
     limit_source: str = "system"
+    bandwidth_bytes_s: float | None = None
 
     @property
     def is_known(self) -> bool:
@@ -49,6 +55,8 @@ class Device:
 
     With `shares_host_memory` its memory is a part of the RAM of `Machine.memory`, not more of it.
     A device whose driver does not tell its memory has 0 for both sizes and can be given nothing.
+    `name` is ggml's name of it where the engine can use it ("CUDA0", "Metal"), `backend` the
+    engine's library for it ("CUDA", "ROCm", "Metal", "Vulkan", "SYCL"; "" when not known).
     """
 
     name: str
@@ -57,6 +65,8 @@ class Device:
     free_bytes: int
     total_bytes: int
     shares_host_memory: bool = False
+    backend: str = ""
+    bandwidth_bytes_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
