@@ -45,6 +45,26 @@ def format_bytes(n_bytes: int) -> str:
     raise AssertionError("unreachable")
 
 
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it: `16GiB` and `16G` are binary, `16 GB` is decimal, a number alone
+    is bytes. Case does not matter. Raises ValueError, with no words for users."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    number, prefix, binary, byte = match.groups()
+    if binary and not prefix:
+        raise ValueError(text)
+    base = 1024 if binary or not byte else 1000
+    power = "kmgtp".index(prefix.lower()) + 1 if prefix else 0
+    whole, _, fraction = number.partition(".")
+    # In whole numbers: a float has not enough digits for every size.
+    scale: int = base**power
+    return int(whole) * scale + (int(fraction) * scale // 10 ** len(fraction) if fraction else 0)
+
+
 def format_count(n: int) -> str:
     """`131072` -> `128K`, `30_700_000_000` -> `30.7B`: for contexts and parameters."""
     if n >= 1024 and n % 1024 == 0 and n < 1024 * 1024 * 4:
@@ -64,6 +84,15 @@ def format_duration(seconds: float) -> str:
     minutes, sec = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{sec:02}" if hours else f"{minutes}:{sec:02}"
+
+
+def format_speed(tok_s: tuple[float, float] | None) -> str:
+    """A range of tokens a second: `(9.4, 21.2)` -> `9-21`, `(1.52, 2.8)` -> `1.5-2.8`."""
+    if tok_s is None:
+        return "-"
+    digits = 1 if min(tok_s) < 3 else 0
+    low, high = (f"{value:.{digits}f}" for value in tok_s)
+    return low if low == high else f"{low}-{high}"
 
 
 def close_names(name: str, known: Iterable[str], n: int = 3) -> list[str]:

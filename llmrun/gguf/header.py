@@ -34,9 +34,11 @@ from llmrun.gguf.types import ArrayValue, ByteSource, Header, MetadataValue, Ten
 from llmrun.text import escape_line
 
 MIB = 1024 * 1024
-# How much of the file is asked for, in all, as the header turns out to need more. The first windows
-# are small because a remote header is read again by each process that pulls the same file.
-WINDOWS = (MIB // 8, MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB)
+# The start of the file is read first; then, as more is needed, in all twice as much as the header
+# has at least by what is known of it. So few reads are needed, each reads on where the last one
+# ended, and of a remote file no more comes than twice its header.
+FIRST_WINDOW_BYTES = 16 * 1024
+MAX_HEADER_BYTES = 64 * MIB
 MAX_KV = 4096
 MAX_TENSORS = 100_000
 MAX_KEY_BYTES = 1024
@@ -107,6 +109,7 @@ class _Reader:
         self._n_file_bytes = source.n_bytes
         self._buf = b""
         self._pos = 0
+        self._n_to_come = 0  # bytes that pairs and tensors not yet begun have at least
         self._ended = False  # the source gave less than it promised
         self._n_kept_bytes = 0
         self._n_kept_values = 0
@@ -115,7 +118,9 @@ class _Reader:
 
     def read(self) -> Header:
         version, n_tensors, n_kv = self._read_preamble()
+        self._n_to_come = n_kv * _MIN_KV_BYTES + n_tensors * _MIN_TENSOR_BYTES
         for _ in range(n_kv):
+            self._n_to_come -= _MIN_KV_BYTES
             self._read_pair()
         alignment = self._alignment()
         fault = find_fault(self._metadata)
@@ -138,23 +143,25 @@ class _Reader:
             hint=hint or "get the file again (`llmrun verify` finds damaged downloads)",
         )
 
-    def _require(self, n_bytes: int, what: str) -> None:
-        """Make `n_bytes` from the current position available, or fail."""
+    def _require(self, n_bytes: int, what: str, n_behind: int = 0) -> None:
+        """Make `n_bytes` from the current position available, or fail. At least `n_behind` bytes of
+        the same value follow them."""
         end = self._pos + n_bytes
         if end <= len(self._buf):
             return
         if end > self._n_file_bytes or self._ended:
             n_there = len(self._buf) if self._ended else self._n_file_bytes
             self._fail(f"it ends at byte {n_there}, but {what} reaches to byte {end}")
-        window = next((size for size in WINDOWS if size >= end), None)
-        if window is None:
-            self._fail(f"its header is larger than {WINDOWS[-1] // MIB} MiB")
+        if end > MAX_HEADER_BYTES:
+            self._fail(f"its header is larger than {MAX_HEADER_BYTES // MIB} MiB")
         n_have = len(self._buf)
-        n_wanted = min(window, self._n_file_bytes) - n_have
+        least = end + n_behind + self._n_to_come
+        window = max(2 * least, FIRST_WINDOW_BYTES) if n_have else FIRST_WINDOW_BYTES
+        n_wanted = max(end, min(window, MAX_HEADER_BYTES, self._n_file_bytes)) - n_have
         chunk = self._source.read(n_have, n_wanted)[:n_wanted]
         self._buf = self._buf + chunk if n_have else chunk
         self._ended = len(chunk) < n_wanted
-        self._require(n_bytes, what)
+        self._require(n_bytes, what, n_behind)
 
     def _read_preamble(self) -> tuple[int, int, int]:
         if self._n_file_bytes < 24:
@@ -288,10 +295,10 @@ class _Reader:
         limit = MAX_STRING_BYTES
         buf, pos = self._buf, self._pos
         last = len(buf) - 8  # the last place where a length can be read
-        for _ in range(n):
+        for i in range(n):
             if pos > last:
                 self._pos = pos
-                self._require(8, what)
+                self._require(8, what, (n - i - 1) * 8)
                 buf, last = self._buf, len(self._buf) - 8
             length = unpack(buf, pos)[0]
             if length > limit:
@@ -377,6 +384,7 @@ class _Reader:
         tensors: list[TensorInfo] = []
         names: set[str] = set()
         for i in range(n_tensors):
+            self._n_to_come -= _MIN_TENSOR_BYTES
             name = self._read_name(f"the name of tensor {i + 1}", MAX_TENSOR_NAME_BYTES)
             if name in names:
                 self._fail(f"tensor '{name}' is there twice")

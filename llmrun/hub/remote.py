@@ -15,7 +15,7 @@ from llmrun.hub.types import RemoteFile
 if TYPE_CHECKING:
     from llmrun.hub.client import Hub
 
-# Headers are mostly either tiny or, with a vocabulary in them, several megabytes.
+# Small reads are read ahead of; large ones come from a reader that knows what it needs.
 FIRST_WINDOW_BYTES = 16 * 1024
 WINDOW_GROWTH = 8
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -27,8 +27,10 @@ N_ATTEMPTS = 3
 class RemoteSource:
     """A `ByteSource` over one file at one commit.
 
-    Reads ahead in windows that grow up to WINDOW_BYTES and keeps what it read, the oldest dropped
-    above MAX_CACHED_BYTES. Bytes that a download has brought to this machine are read from there.
+    Reads of less than FIRST_WINDOW_BYTES are read ahead of, in windows that grow up to
+    WINDOW_BYTES; larger ones fetch what they ask for and no more. What was read is kept, the oldest
+    dropped above MAX_CACHED_BYTES. Bytes that a download has brought to this machine are read from
+    there.
     """
 
     def __init__(self, hub: Hub, repo: str, commit: str, file: RemoteFile) -> None:
@@ -48,23 +50,26 @@ class RemoteSource:
         Raises HubUnreachableError, AuthError, NotFoundError.
         """
         end = min(offset + n_bytes, self.n_bytes)
+        is_small = n_bytes < FIRST_WINDOW_BYTES
         pieces = []
         with self._lock:
             while offset < end:
-                start, window = self._window(offset, end)
+                start, window = self._window(offset, end, is_small)
                 piece = window[offset - start : end - start]
                 pieces.append(piece)
                 offset += len(piece)
         return b"".join(pieces)
 
-    def _window(self, offset: int, end: int) -> tuple[int, bytes]:
-        """A window that holds `offset`, with its start."""
+    def _window(self, offset: int, end: int, ahead: bool) -> tuple[int, bytes]:
+        """A window that holds `offset`, with its start. With `ahead` it may reach beyond `end`."""
         for start, window in self._windows.items():
             if start <= offset < start + len(window):
                 return start, window
-        end = min(max(end, offset + self._next_bytes), offset + WINDOW_BYTES, self.n_bytes)
+        if ahead:
+            end = max(end, offset + self._next_bytes)
+            self._next_bytes = min(self._next_bytes * WINDOW_GROWTH, WINDOW_BYTES)
+        end = min(end, offset + WINDOW_BYTES, self.n_bytes)
         end = min([end, *(start for start in self._windows if start > offset)])
-        self._next_bytes = min(self._next_bytes * WINDOW_GROWTH, WINDOW_BYTES)
         window = self._local(offset, end) or self._fetch(offset, end)
         self._windows[offset] = window
         while sum(map(len, self._windows.values())) > MAX_CACHED_BYTES and len(self._windows) > 1:

@@ -9,11 +9,11 @@ from llmrun.gguf.ggml_types import TENSOR_TYPES
 from llmrun.gguf.header import (
     MAX_ALIGNMENT,
     MAX_DIMS,
+    MAX_HEADER_BYTES,
     MAX_KEPT_STRING_BYTES,
     MAX_KEPT_VALUES,
     MAX_KV,
     MAX_TENSORS,
-    WINDOWS,
 )
 from llmrun.gguf.types import ArrayValue, Header
 
@@ -71,7 +71,7 @@ def check_invariants(header: Header, n_file_bytes: int) -> None:
     assert header.version in (2, 3)
     assert len(header.metadata) <= MAX_KV
     assert len(header.tensors) <= MAX_TENSORS
-    assert 24 <= header.n_header_bytes <= min(n_file_bytes, WINDOWS[-1])
+    assert 24 <= header.n_header_bytes <= min(n_file_bytes, MAX_HEADER_BYTES)
     alignment = header.metadata.get("general.alignment", 32)
     assert isinstance(alignment, int) and alignment in [1 << i for i in range(21)]
     assert alignment <= MAX_ALIGNMENT

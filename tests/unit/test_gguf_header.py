@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrun.errors import DamagedFileError, GgufError, LlmrunError, NotFoundError
-from llmrun.gguf.header import WINDOWS, BytesSource, FileSource, read_header
+from llmrun.gguf.header import FIRST_WINDOW_BYTES, MIB, BytesSource, FileSource, read_header
 from llmrun.gguf.types import ArrayValue, Header
 from tests.fakes import models
 from tests.fakes.gguf_builder import (
@@ -126,39 +126,52 @@ def test_what_is_long_is_counted_but_not_kept() -> None:
     assert metadata["after"] == 7
 
 
+class Counting(BytesSource):
+    def __init__(self, data: bytes, n_bytes: int | None = None) -> None:
+        super().__init__(data, n_bytes)
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        self.asked.append((offset, n_bytes))
+        return super().read(offset, n_bytes)
+
+    def check(self, n_header_bytes: int, n_reads: int) -> None:
+        """Few reads, one behind the other, that bring no more than twice the header."""
+        assert len(self.asked) <= n_reads
+        end = 0
+        for offset, n_bytes in self.asked:
+            assert offset == end and n_bytes > 0
+            end += n_bytes
+        assert end <= max(2 * n_header_bytes, FIRST_WINDOW_BYTES)
+
+
 def test_a_large_header_is_read_in_few_growing_reads() -> None:
     """A vocabulary as large as Gemma 4's: it asks for more as needed, and for nothing twice."""
-
-    class Counting(BytesSource):
-        def __init__(self, data: bytes, n_bytes: int) -> None:
-            super().__init__(data, n_bytes)
-            self.asked: list[tuple[int, int]] = []
-
-        def read(self, offset: int, n_bytes: int) -> bytes:
-            self.asked.append((offset, n_bytes))
-            return super().read(offset, n_bytes)
-
     builder = GgufBuilder("gemma4").add("gemma4.block_count", 30)
     builder.add("tokenizer.ggml.tokens", [f"token{i}" for i in range(262_144)])
     builder.add("tokenizer.ggml.scores", [0.0] * 262_144)
     builder.add("tokenizer.ggml.token_type", [1] * 262_144)
-    builder.add("tokenizer.ggml.merges", [f"mer {i}" for i in range(514_906)])
+    builder.add("tokenizer.ggml.merges", [f"merge {i}" for i in range(514_906)])
     data = builder.tensor("token_embd.weight", (32, 262_144), 2, b"").header()
-    small, middle, large, last = WINDOWS[:4]
-    assert large < len(data) < last
-    data = data.ljust(last, b"\0")
-    source = Counting(data, 10**9)
+    assert len(data) > 15_000_000
+    source = Counting(data.ljust(64 * MIB, b"\0"), 10**9)
     header = read_header(source)
-    assert source.asked == [
-        (0, small),
-        (small, middle - small),
-        (middle, large - middle),
-        (large, last - large),
-    ]
+    source.check(header.n_header_bytes, 4)
     assert header.metadata["tokenizer.ggml.merges"] == ArrayValue("string", 514_906, None)
 
 
-@pytest.mark.parametrize("window", WINDOWS[:3])
+@pytest.mark.parametrize("n_tensors", [0, 100, 270, 300, 5000])
+@pytest.mark.parametrize("n_text_bytes", [10, 20_000, 40_000, 1_785_000])
+def test_no_more_than_twice_a_header_is_read(n_text_bytes: int, n_tensors: int) -> None:
+    builder = GgufBuilder().add("tokenizer.chat_template", "x" * min(n_text_bytes, 900_000))
+    builder.add("words", ["w" * 10] * (n_text_bytes // 18))
+    for i in range(n_tensors):
+        builder.tensor(f"blk.{i}.weight", (32,), 0, b"")
+    source = Counting(builder.header().ljust(8 * MIB, b"\0"), 10**9)
+    source.check(read_header(source).n_header_bytes, 6)
+
+
+@pytest.mark.parametrize("window", [FIRST_WINDOW_BYTES, MIB, 8 * MIB])
 @pytest.mark.parametrize("cut", [-9, -8, -1, 0, 1, 7, 8])
 def test_growth_at_every_edge_of_a_string(cut: int, window: int) -> None:
     """A window ends within or just beside a string's length or its text."""
