@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from llmrun.hardware.cgroup import find_cpu_quota, find_memory_limits
+from llmrun.hardware.features import read_linux_features, read_linux_name
 from llmrun.hardware.machine import Cpu, Memory
 from llmrun.hardware.sources import Probe, parse_fields
+from llmrun.text import escape_line, format_bytes
+
+# More than one processor's part of /proc/cpuinfo; the whole takes long to make on large machines.
+_CPUINFO_BYTES = 16 << 10
+_MAX_NAME = 200
 
 
 def detect_cpu(probe: Probe) -> Cpu:
@@ -14,18 +22,21 @@ def detect_cpu(probe: Probe) -> Cpu:
     cores = _group_by_core(probe, allowed)
     fast = _parse_cpu_list(probe.read("/sys/devices/cpu_core/cpus")) & allowed
     n_fast = len({cores[cpu] for cpu in fast})
+    cpuinfo = probe.read("/proc/cpuinfo", _CPUINFO_BYTES) or ""
     return Cpu(
         n_logical=max(n_logical, len(allowed)),
         n_affinity=len(allowed),
         n_physical=len(set(cores.values())),
         quota=find_cpu_quota(probe),
         n_performance=n_fast if 0 < n_fast < len(set(cores.values())) else None,
+        name=_read_name(probe, cpuinfo),
+        features=read_linux_features(cpuinfo),
     )
 
 
 def detect_memory(probe: Probe) -> Memory:
     """MemAvailable, or what the tightest cgroup leaves, whichever is less."""
-    fields = parse_fields(probe.read("/proc/meminfo") or "", ":")
+    fields = read_meminfo(probe)
     total = fields.get("MemTotal", 0) * 1024
     if total:
         # Kernels before 3.14 have no MemAvailable.
@@ -42,6 +53,42 @@ def detect_memory(probe: Probe) -> Memory:
         if limit.available_bytes < available:
             available, source = limit.available_bytes, f"cgroup {limit.path}"
     return Memory(total, min(available, total), source)
+
+
+def read_meminfo(probe: Probe) -> dict[str, int]:
+    """The fields of /proc/meminfo in KiB: of the host, also inside a container."""
+    return parse_fields(probe.read("/proc/meminfo") or "", ":")
+
+
+def is_wsl(probe: Probe) -> bool:
+    """Whether this Linux is a guest of Windows (WSL)."""
+    release = probe.read("/proc/sys/kernel/osrelease") or ""
+    return re.search("microsoft|WSL", release, re.IGNORECASE) is not None
+
+
+def is_container(probe: Probe) -> bool:
+    return any(map(probe.exists, ("/.dockerenv", "/run/.containerenv")))
+
+
+def describe_limits(probe: Probe, memory: Memory) -> tuple[str, ...]:
+    """What about this system is unusual, in words."""
+    notes = []
+    if is_wsl(probe):
+        notes.append("this is WSL: its RAM is what Windows lends it")
+    host = read_meminfo(probe).get("MemTotal", 0) * 1024
+    if memory.is_known and memory.total_bytes < host:
+        notes.append(
+            f"a limit gives this process {format_bytes(memory.total_bytes)} of the machine's "
+            f"{format_bytes(host)}"
+        )
+    return tuple(notes)
+
+
+def _read_name(probe: Probe, cpuinfo: str) -> str | None:
+    name = read_linux_name(cpuinfo)
+    if name is None:
+        name = (probe.read("/sys/firmware/devicetree/base/model") or "").rstrip("\0\n") or None
+    return None if name is None else escape_line(name)[:_MAX_NAME]
 
 
 def _group_by_core(probe: Probe, cpus: frozenset[int]) -> dict[int, str]:

@@ -55,7 +55,7 @@ class Device:
 
     With `shares_host_memory` its memory is a part of the RAM of `Machine.memory`, not more of it.
     A device whose driver does not tell its memory has 0 for both sizes and can be given nothing.
-    `name` is ggml's name of it where the engine can use it ("CUDA0", "Metal"), `backend` the
+    `name` is ggml's name of it where the engine can use it ("CUDA0", "MTL0"), `backend` the
     engine's library for it ("CUDA", "ROCm", "Metal", "Vulkan", "SYCL"; "" when not known).
     """
 
@@ -72,7 +72,8 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """A machine as the planner sees it. `devices` are those that the engine can use beside the CPU;
-    empty means that none is known. `platform` is `sys.platform`'s word, `arch` the processor's."""
+    empty means that none is known. `platform` is `sys.platform`'s word, `arch` the processor's.
+    `notes` are sentences without a full stop about what is unusual here."""
 
     cpu: Cpu
     memory: Memory
@@ -80,6 +81,7 @@ class Machine:
     platform: str = "linux"
     arch: str = "x86_64"
     name: str | None = None
+    notes: tuple[str, ...] = ()
 
     def with_devices(self, devices: tuple[Device, ...]) -> Machine:
         return replace(self, devices=devices)

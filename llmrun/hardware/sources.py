@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from platform import machine as read_arch
 
+from llmrun.hardware.processes import Reply, ask_module, run_command
+
 MAX_FILE_BYTES = 1 << 20
-
-
-def run_command(command: Sequence[str], timeout_s: float) -> str | None:
-    """What `command` prints on stdout, also when it then fails; None when it cannot be started or
-    is not done in time."""
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout_s,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode("utf-8", "replace")
 
 
 def read_affinity() -> frozenset[int] | None:
@@ -65,11 +48,42 @@ def read_n_physical() -> int | None:
     return int(n_cores) if n_cores else None
 
 
+def read_disk_free(folder: Path) -> int | None:
+    """Bytes that this user can still write where `folder` is, or will be; None when that cannot be
+    told."""
+    import shutil
+
+    for existing in (folder, *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(existing).free
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def find_library_folder() -> Path | None:
+    """Where the binding of llama.cpp loads its libraries from; None when it is not installed.
+    The binding is not imported."""
+    import importlib.util
+
+    if override := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(override)
+    try:
+        spec = importlib.util.find_spec("llama_cpp")
+    except (ImportError, ValueError):
+        return None
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(folders[0]) / "lib" if folders else None
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """The outside world as the probes see it; the defaults are the real one.
 
-    `root` stands for "/" in every path that is read. `run(command, timeout_s)` is `run_command`.
+    `root` stands for "/" in every path that is read. `run(command, timeout_s)` is `run_command`,
+    `ask_module(module, text, timeout_s)` is `processes.ask_module`.
     """
 
     root: Path = Path("/")
@@ -80,12 +94,17 @@ class Probe:
     affinity: Callable[[], frozenset[int] | None] = read_affinity
     host_memory: Callable[[], tuple[int, int] | None] = read_host_memory
     n_physical: Callable[[], int | None] = read_n_physical
+    ask_module: Callable[[str, str, float], Reply] = ask_module
+    library_folder: Callable[[], Path | None] = find_library_folder
+    disk_free: Callable[[Path], int | None] = read_disk_free
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
-    def read(self, path: str | Path) -> str | None:
-        """The text of the file at absolute `path`; None when it cannot be read."""
+    def read(self, path: str | Path, n_bytes: int = MAX_FILE_BYTES) -> str | None:
+        """The first `n_bytes` of the file at absolute `path` as text; None when it cannot be
+        read."""
         try:
             with self._real(path).open("rb") as file:
-                return file.read(MAX_FILE_BYTES).decode("utf-8", "replace")
+                return file.read(n_bytes).decode("utf-8", "replace")
         except (OSError, ValueError):
             return None
 
@@ -99,6 +118,16 @@ class Probe:
             return sorted(entry.name for entry in self._real(path).iterdir())
         except OSError:
             return []
+
+    def exists(self, path: str | Path) -> bool:
+        try:
+            return self._real(path).exists()
+        except (OSError, ValueError):
+            return False
+
+    def may_write(self, path: str | Path) -> bool:
+        """Whether this user may read and write the file at absolute `path`."""
+        return os.access(self._real(path), os.R_OK | os.W_OK)
 
     def _real(self, path: str | Path) -> Path:
         return self.root / str(path).lstrip("/")

@@ -218,6 +218,35 @@ def test_no_quota(tmp_path, text):
     assert cpu_of(tmp_path, V2 | {f"{V2_LEAF}/cpu.max": text}).quota is None
 
 
+def test_name_and_instruction_sets_of_an_x86_processor(tmp_path):
+    text = (
+        "processor\t: 0\nmodel name\t: AMD Ryzen 7 7700X 8-Core Processor\n"
+        "flags\t\t: fpu pni ssse3 fma avx f16c avx2 bmi2 avx512f avx512_vnni avx512vbmi\n\n"
+        "processor\t: 1\nmodel name\t: another\nflags\t\t: amx_int8\n"
+    )
+    cpu = cpu_of(tmp_path, {"/proc/cpuinfo": text})
+    assert cpu.name == "AMD Ryzen 7 7700X 8-Core Processor"
+    expected = "SSE3 SSSE3 AVX AVX2 F16C FMA BMI2 AVX512 AVX512_VBMI AVX512_VNNI"
+    assert cpu.features == tuple(expected.split())
+
+
+def test_name_and_instruction_sets_of_an_arm_processor(tmp_path):
+    files = {
+        "/proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd asimdhp asimddp i8mm\n",
+        "/sys/firmware/devicetree/base/model": "Raspberry Pi 5 Model B\x00",
+    }
+    cpu = cpu_of(tmp_path, files)
+    assert cpu.name == "Raspberry Pi 5 Model B"
+    assert cpu.features == ("NEON", "DOTPROD", "FP16_VA", "MATMUL_INT8")
+
+
+def test_a_processors_name_cannot_drive_the_terminal(tmp_path):
+    text = "model name\t: evil\x1b[31m" + "x" * 500
+    name = cpu_of(tmp_path, {"/proc/cpuinfo": text}).name
+    assert name.startswith("evil\\x1b[31mxx")
+    assert len(name) == 200
+
+
 def test_looking_at_linux_starts_no_process_and_asks_no_psutil(tmp_path):
     def never():
         raise AssertionError("psutil is not needed here")

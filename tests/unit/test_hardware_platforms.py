@@ -10,7 +10,7 @@ import pytest
 
 from llmrun.hardware.machine import Cpu, Device, Machine, Memory
 from llmrun.hardware.probe import Probe, detect_devices, detect_machine
-from llmrun.hardware.sources import run_command
+from llmrun.hardware.processes import run_command
 from llmrun.hardware.threads import choose_threads
 
 GIB = 1 << 30
@@ -54,7 +54,7 @@ def mac(sysctl: str, vm_stat: str | None = VM_STAT, arch: str = "arm64", **chang
 
 def test_apple_silicon():
     machine = mac(M2)
-    assert machine.cpu == Cpu(8, 8, 8, None, n_performance=4)
+    assert machine.cpu == Cpu(8, 8, 8, None, n_performance=4, name="Apple M2")
     assert machine.memory == Memory(16 * GIB, 4 * GIB)
     assert machine.name == "Apple M2"
     (metal,) = machine.devices
@@ -63,9 +63,22 @@ def test_apple_silicon():
     assert metal.free_bytes == 4 * GIB
 
 
+def test_instruction_sets_of_macs():
+    silicon = "hw.optional.arm64: 1\nhw.optional.arm.FEAT_I8MM: 1\nhw.optional.arm.FEAT_SME: 0\n"
+    assert mac(M2 + silicon).cpu.features == ("NEON", "MATMUL_INT8")
+    intel = (
+        "machdep.cpu.features: FPU SSE3 AVX1.0 FMA F16C\n"
+        "machdep.cpu.leaf7_features: BMI2 AVX2 AVX512F\n"
+    )
+    expected = ("SSE3", "AVX", "AVX2", "F16C", "FMA", "BMI2", "AVX512")
+    assert mac(M2 + intel, arch="x86_64").cpu.features == expected
+
+
 def test_a_large_mac_gives_its_gpu_three_quarters():
     machine = mac(M2.replace("17179869184", str(64 * GIB)))
     assert machine.devices[0].total_bytes == 48 * GIB
+    machine = mac(M2.replace("17179869184", str(36 * GIB)))
+    assert machine.devices[0].total_bytes == 27 * GIB
 
 
 def test_the_wired_limit_of_the_owner_wins():
