@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.engine.backend import Chunk, DecodeResult
+from llmrun.engine.ggml import Ggml
 from llmrun.engine.logs import LogSink
+from llmrun.engine.params import check_options, fill_context_params, fill_model_params
+from llmrun.engine.params import default_threads as default_threads
 from llmrun.engine.sampling import LlamaSampler
 from llmrun.engine.types import EngineOptions, LoadProgress, ModelFacts, SamplingParams
 from llmrun.engine.vocabulary import LlamaTokenizer
-from llmrun.errors import EngineError, UsageError, WillNotFitError
+from llmrun.errors import EngineError, WillNotFitError
 
 MIN_BINDING = "0.3.36"
 
-_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
-_FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 _DONE = DecodeResult.DONE  # an enum's member costs a descriptor call at each access
-_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 # In front of a saved state: the library believes positions and sizes in a damaged one.
@@ -75,7 +75,7 @@ def import_binding(module: str = "llama_cpp") -> Any:
         ) from error
 
 
-def _library() -> Any:
+def load_library() -> Any:
     """The binding, initialised, with its log routed to ours."""
     global _log_callback
     C = import_binding()
@@ -83,7 +83,17 @@ def _library() -> Any:
         _log_callback = C.llama_log_callback(_log_sink.write)
         C.llama_log_set(_log_callback, None)
         C.llama_backend_init()
+        Ggml(C).load_backends()
     return C
+
+
+def recent_log() -> list[str]:
+    """The last warnings and errors in llama.cpp's log since `forget_log`, the newest last."""
+    return list(_log_sink.recent)
+
+
+def forget_log() -> None:
+    _log_sink.recent.clear()
 
 
 class LlamaBackend:
@@ -100,7 +110,7 @@ class LlamaBackend:
         self._vocab = C.llama_model_get_vocab(model)
         self.tokenizer = LlamaTokenizer(C, self._vocab)
         self.facts = _read_facts(C, model, self.tokenizer)
-        self._ctx = _create_context(C, model, options, self.facts)
+        self._ctx = _create_context(C, model, options)
         self._memory = C.llama_get_memory(self._ctx)
         if not self._memory:
             C.llama_free(self._ctx)
@@ -283,19 +293,14 @@ def open_backend(
     refuses the file, WillNotFitError when memory is short, KeyboardInterrupt when the user stops
     the load.
     """
-    _check_options(options)
-    C = _library()
-    params = C.llama_model_default_params()
-    params.n_gpu_layers = options.n_gpu_layers
-    params.check_tensors = options.check_tensors
-    params.use_extra_bufts = options.use_repack
-    if not options.use_mmap:
-        params.load_mode = C.LLAMA_LOAD_MODE_NONE
+    check_options(options)
+    C = load_library()
+    params, keep = fill_model_params(C, options)
     watch = _LoadWatch(on_progress)
     params.progress_callback = callback = C.llama_progress_callback(watch.update)
     _log_sink.recent.clear()
     model = C.llama_model_load_from_file(os.fsencode(path), params)
-    del callback
+    del callback, keep
     if watch.stopped_by is not None:
         if model:
             C.llama_model_free(model)
@@ -335,24 +340,8 @@ class _LoadWatch:
         return self.stopped_by is None
 
 
-def _create_context(C: Any, model: Any, options: EngineOptions, facts: ModelFacts) -> Any:
-    params = C.llama_context_default_params()
-    params.n_ctx = options.n_ctx
-    # One batch is one micro-batch, so that a stop never waits for more than one.
-    params.n_batch = params.n_ubatch = options.n_ubatch
-    params.n_seq_max = options.n_seq_max
-    # A batch's logits cost n_vocab floats a row: only as many rows as can be sampled in one step.
-    params.n_outputs_max = options.n_seq_max
-    n_threads = options.n_threads or default_threads()
-    params.n_threads = n_threads
-    params.n_threads_batch = options.n_threads_batch or n_threads
-    params.flash_attn_type = _FLASH_ATTN[options.flash_attn]
-    params.type_k = _KV_TYPES[options.type_k]
-    params.type_v = _KV_TYPES[options.type_v]
-    # Window layers keep only their window (the default keeps all: up to ten times the memory);
-    # `prefix_cache.window_allows` is the rule that this asks for.
-    params.swa_full = False
-    params.kv_unified = True
+def _create_context(C: Any, model: Any, options: EngineOptions) -> Any:
+    params = fill_context_params(C, options)
     _log_sink.recent.clear()
     ctx = C.llama_init_from_model(model, params)
     if not ctx:
@@ -365,28 +354,6 @@ def _create_context(C: Any, model: Any, options: EngineOptions, facts: ModelFact
             )
         raise EngineError("llama.cpp cannot create this context", why=why)
     return ctx
-
-
-def _check_options(options: EngineOptions) -> None:
-    if options.n_ctx < 1:
-        raise UsageError("the context must have at least one token", hint="pass --ctx 4096")
-    if not 1 <= options.n_seq_max <= _MAX_SEQUENCES:
-        raise UsageError(f"{options.n_seq_max} sequences: 1 to {_MAX_SEQUENCES} are possible")
-    if options.n_ubatch < options.n_seq_max:
-        # Each running sequence needs its row in every step.
-        raise UsageError(f"n_ubatch {options.n_ubatch} is below n_seq_max {options.n_seq_max}")
-    if options.flash_attn == "off" and options.type_v not in ("f16", "f32", "bf16"):
-        raise UsageError(
-            f"a {options.type_v} V cache needs FlashAttention",
-            hint="drop --flash-attn off, or pass --kv-type f16",
-        )
-
-
-def default_threads() -> int:
-    """Processors this process may run on. The planner knows better; this is for bare use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
 
 
 def _read_facts(C: Any, model: Any, tokenizer: LlamaTokenizer) -> ModelFacts:

@@ -21,9 +21,9 @@ PATHS = {"smol": smollm2_path, "gemma": gemma3_path}
 
 @pytest.fixture(scope="module", params=PATHS)
 def tokenizer(request: pytest.FixtureRequest) -> Iterator[LlamaTokenizer]:
-    from llmrun.engine.llama import _library
+    from llmrun.engine.llama import load_library
 
-    C = _library()
+    C = load_library()
     params = C.llama_model_default_params()
     params.vocab_only = True
     model = C.llama_model_load_from_file(str(PATHS[request.param]()).encode(), params)
