@@ -6,10 +6,9 @@ the architectures that `layers` knows, the compute buffer within about a tenth.
 
 from __future__ import annotations
 
-import re
-
 from llmrun.fit.layers import Layer, Layout, read_layout
 from llmrun.fit.types import KV_BLOCKS, MIB, Estimate, KvType, Setup
+from llmrun.fit.weights import split_weights
 from llmrun.gguf.types import ModelInfo
 
 _PAD = 256  # llama.cpp rounds the cells of a cache up to this
@@ -18,17 +17,6 @@ _PAD = 256  # llama.cpp rounds the cells of a cache up to this
 _HOST_BYTES = 64 * MIB
 _VOCAB_ENTRY_BYTES = 160
 _PROJECTOR_BYTES = 512 * MIB
-
-# Tensors that stay in RAM whatever the number of GPU layers.
-_INPUT_TENSORS = re.compile(
-    r"(token_embd|position_embd|token_types|token_embd_norm|per_layer_token_embd)\b"
-)
-_BLOCK = re.compile(r"blk\.(\d{1,5})\.")
-# Types of which the CPU backend may keep a second, reordered copy; which ones it does depends on
-# the processor, so this is the bound.
-_REPACKABLE = frozenset(
-    {"Q2_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"}
-)
 
 
 def estimate(info: ModelInfo, setup: Setup) -> Estimate:
@@ -58,10 +46,18 @@ def allows_kv_type(info: ModelInfo, kv_type: KvType) -> bool:
     return all(size % KV_BLOCKS[kv_type][0] == 0 for size in layout.head_sizes)
 
 
+def needs_one_kv_type(info: ModelInfo) -> bool:
+    """Whether llama.cpp refuses keys and values of different types: where both are one latent."""
+    layout = read_layout(info)
+    return layout is not None and layout.n_latent > 0
+
+
 def _estimate_by_layout(info: ModelInfo, layout: Layout, setup: Setup) -> Estimate:
-    n_seq, n_ubatch = setup.n_seq_max, setup.n_ubatch
+    n_seq = setup.n_seq_max
     n_streams = 1 if setup.kv_unified else n_seq
     n_cells = _pad(-(-setup.n_ctx // n_streams))
+    # No more tokens are computed at once than the context was asked to hold.
+    n_ubatch = min(setup.n_ubatch, max(1, setup.n_ctx))
     window = layout.n_swa * (n_seq if setup.kv_unified else 1) + n_ubatch
     n_cells_swa = min(n_cells, _pad(window))
     flash_attn = setup.flash_attn != "off"
@@ -79,9 +75,6 @@ def _estimate_by_layout(info: ModelInfo, layout: Layout, setup: Setup) -> Estima
         + 4 * layer.state_values * max(1, n_seq)
         for layer in layout.layers
     )
-    n_layers = len(layout.layers)
-    layer_weights, input_bytes, output_bytes, skipped = _split_weights(info, n_layers)
-    weights = sum(layer_weights) + input_bytes + output_bytes
     n_outputs = min(n_ubatch, max(setup.n_outputs_max, n_seq))
     has_attention = layout.is_encoder or any(layer.k_width for layer in layout.layers)
     compute = _compute_bytes(
@@ -91,26 +84,31 @@ def _estimate_by_layout(info: ModelInfo, layout: Layout, setup: Setup) -> Estima
         n_ubatch=n_ubatch,
         flash_attn=flash_attn,
         n_outputs=n_outputs,
+        n_seq=n_seq,
     )
+    weights = split_weights(info, len(layout.layers), use_repack=setup.use_repack)
     notes = []
-    if skipped:
+    if weights.skipped:
         notes.append("the multi-token-prediction layers are not loaded")
-    has_output = any(tensor.name == "output.weight" for tensor in info.header.tensors)
-    tied = 0 if has_output else _tensor_bytes(info, "token_embd.weight")
+    if weights.lazy:
+        notes.append("the per-layer embeddings are read from the file as they are needed")
     return Estimate(
-        weights_bytes=weights,
+        weights_bytes=weights.total,
         kv_bytes=sum(layer_kv),
         compute_bytes=compute,
         # The output rows lie a second time in a buffer of their own.
         overhead_bytes=_HOST_BYTES + (_VOCAB_ENTRY_BYTES + 4 * n_outputs) * layout.n_vocab,
         source="formula",
         notes=tuple(notes),
-        repack_bytes=_repack_bytes(info),
-        layer_weights=layer_weights,
+        repack_bytes=weights.repack,
+        layer_weights=weights.layers,
         layer_kv=layer_kv,
-        input_bytes=input_bytes,
-        output_bytes=output_bytes,
-        tied_bytes=tied,
+        layer_experts=weights.experts,
+        input_bytes=weights.inputs,
+        output_bytes=weights.outputs,
+        tied_bytes=weights.tied,
+        aliased_bytes=weights.aliased,
+        lazy_bytes=weights.lazy,
     )
 
 
@@ -129,52 +127,36 @@ def _compute_bytes(
     n_ubatch: int,
     flash_attn: bool,
     n_outputs: int,
+    n_seq: int,
 ) -> int:
-    """The widest point of a step's graph: a feed-forward block with the attention masks, or the
-    output rows. Cells are those of one stream."""
+    """The widest point of a step's graph: a feed-forward block, attention with all its scores, or
+    the output rows. Cells are those of one stream.
+
+    Counted in values a token that are alive at once, after llama.cpp's graphs; how many rows of
+    n_embd stay beside them was fitted to what its allocator says. Where a family keeps fewer, the
+    count is a little high rather than low.
+    """
     n_embd = layout.n_embd
-    body = 3 * max(layout.n_ff, 2 * layout.n_inner) + layout.n_residuals * n_embd
+    n_per_layer = len(layout.layers) * layout.n_embd_per_layer
+    widest = 3 * layout.n_ff + layout.n_residuals * n_embd
     if layout.n_expert_used:
-        routed = 3 * layout.n_expert_used * layout.n_ff_expert + layout.n_expert_used * n_embd
-        body = max(body, routed + 5 * n_embd + 3 * layout.n_ff_shared)
-    body_bytes = 4 * n_ubatch * body
+        routed = layout.n_expert_used * (3 * layout.n_ff_expert + n_embd)
+        shared = 3 * layout.n_ff_shared
+        widest = max(widest, max(routed, shared) + 5 * n_embd)
+    body_bytes = 4 * n_ubatch * (widest + n_per_layer)
+    if layout.n_inner:
+        # A Mamba or delta-net block: its input, gate, convolution and scan, and the new states.
+        states = n_seq * max(layer.state_values for layer in layout.layers)
+        scan = 6 * layout.n_inner + 2 * n_embd + layout.n_scan
+        body_bytes = max(body_bytes, 4 * (n_ubatch * scan + states))
     if not flash_attn:
-        scores = 4 * layout.n_head * n_cells * n_ubatch + 12 * n_ubatch * n_embd
-        body_bytes = max(body_bytes, scores)
+        kv_width = max((layer.k_width + layer.v_width for layer in layout.layers), default=0)
+        around = 3 * (n_embd + layout.n_query) + kv_width + 2 * n_per_layer
+        scores = 4 * n_ubatch * (layout.n_head * n_cells + around)
+        body_bytes = max(body_bytes, scores + 2 * layout.n_latent * n_cells)
     mask_bytes = (2 if flash_attn else 4) * (n_cells + n_cells_swa) * n_ubatch
-    output_bytes = 4 * (n_outputs * layout.n_vocab + 2 * n_ubatch * n_embd)
-    per_layer_bytes = 4 * n_ubatch * len(layout.layers) * layout.n_embd_per_layer
-    return max(body_bytes + mask_bytes, output_bytes) + per_layer_bytes
-
-
-def _split_weights(info: ModelInfo, n_layers: int) -> tuple[tuple[int, ...], int, int, int]:
-    """(bytes of each layer, of the input tensors, of all others, of blocks that are not loaded)."""
-    layers = [0] * n_layers
-    inputs = others = skipped = 0
-    for tensor in info.header.tensors:
-        block = _BLOCK.match(tensor.name)
-        if block is None:
-            if _INPUT_TENSORS.match(tensor.name):
-                inputs += tensor.n_bytes
-            else:
-                others += tensor.n_bytes
-        elif int(block[1]) < n_layers:
-            layers[int(block[1])] += tensor.n_bytes
-        else:
-            skipped += tensor.n_bytes
-    if not info.header.tensors:
-        others = info.tensor_bytes
-    return tuple(layers), inputs, others, skipped
-
-
-def _repack_bytes(info: ModelInfo) -> int:
-    return sum(
-        tensor.n_bytes
-        for tensor in info.header.tensors
-        if tensor.type_name.upper() in _REPACKABLE
-        and len(tensor.shape) >= 2
-        and not _INPUT_TENSORS.match(tensor.name)
-    )
+    output_bytes = 4 * (n_outputs * layout.n_vocab + n_ubatch * (4 * n_embd + n_per_layer))
+    return max(body_bytes + mask_bytes, output_bytes)
 
 
 def _estimate_by_size(info: ModelInfo, n_ctx: int) -> Estimate:
@@ -199,10 +181,6 @@ def _estimate_by_size(info: ModelInfo, n_ctx: int) -> Estimate:
         source="filesize",
         notes=(f"the architecture {info.architecture!r} is not known here: a rough upper bound",),
     )
-
-
-def _tensor_bytes(info: ModelInfo, name: str) -> int:
-    return next((tensor.n_bytes for tensor in info.header.tensors if tensor.name == name), 0)
 
 
 def _row(kv_type: KvType, n_values: int) -> int:

@@ -148,9 +148,11 @@ class Layout:
     """All layers that llama.cpp keeps memory for, and the sizes that scratch memory depends on.
 
     `n_swa` is the attention window of the sliding layers, 0 without such. `head_sizes` are those in
-    use, for the rule that they be whole blocks of a quantised KV type. `n_residuals` is how many
-    rows of n_embd values a block has alive beside its feed-forward part. `is_encoder`: no cache,
-    and a text has to be computed in one micro-batch.
+    use, for the rule that they be whole blocks of a quantised KV type. `n_query` are the values of
+    one token's query, all heads of the widest layer; `n_scan` those that a Mamba block adds to its
+    inner widths; `n_residuals` is how many rows of n_embd values a block has alive beside its
+    feed-forward part; `n_latent` are the values of a key that serve as value (MLA), 0 where values
+    are stored. `is_encoder`: no cache, and a text has to be computed in one micro-batch.
     """
 
     layers: tuple[Layer, ...]
@@ -164,6 +166,9 @@ class Layout:
     n_ff_shared: int
     n_embd_per_layer: int
     n_inner: int
+    n_scan: int
+    n_query: int
+    n_latent: int
     n_residuals: int
     head_sizes: frozenset[int]
     is_encoder: bool
@@ -241,10 +246,33 @@ def read_layout(info: ModelInfo) -> Layout | None:
         or keys.integer("expert_shared_count") * n_ff_expert,
         n_embd_per_layer=keys.integer("embedding_length_per_layer_input"),
         n_inner=keys.integer("ssm.inner_size"),
-        n_residuals=6 if architecture.startswith("gemma") else 4,
+        n_scan=_n_scan(keys),
+        n_query=n_head * max(sizes or {d_head}),
+        n_latent=keys.integer("attention.value_length") if _is_latent(keys) else 0,
+        n_residuals=_n_residuals(architecture),
         head_sizes=frozenset(sizes or ({d_head} if d_head else set())),
         is_encoder=is_encoder,
     )
+
+
+def _is_latent(keys: _Keys) -> bool:
+    return "attention.key_length_mla" in keys
+
+
+def _n_scan(keys: _Keys) -> int:
+    n_state, n_group = keys.integer("ssm.state_size"), keys.integer("ssm.group_count")
+    # What the heads share (B and C, or the queries and keys) lies in the same rows as the inner
+    # values: in the input, before and after the convolution; a delta net drops the input sooner.
+    n_rows = 4 if keys.architecture in _DELTA else 6
+    return keys.integer("ssm.time_step_rank") + 2 * n_state + n_rows * n_group * n_state
+
+
+def _n_residuals(architecture: str) -> int:
+    """Fitted to llama.cpp's allocator: norms behind each part keep rows of n_embd alive, Gemma 3n
+    keeps three more streams of them."""
+    if architecture == "gemma3n":
+        return 9
+    return 6 if architecture.startswith("gemma") else 4
 
 
 def _read_window(keys: _Keys) -> int:
@@ -266,7 +294,7 @@ def _read_layers(
     d_v = keys.integer("attention.value_length", d_head)
     d_k_swa = keys.integer("attention.key_length_swa", d_k)
     d_v_swa = keys.integer("attention.value_length_swa", d_v)
-    is_mla = "attention.key_length_mla" in keys
+    is_latent = _is_latent(keys)
     n_stored = n_layers - keys.integer("attention.shared_kv_layers")
     if keys.architecture == "gemma3n":
         n_stored = 20
@@ -277,7 +305,7 @@ def _read_layers(
             layers.append(Layer(state_values=state))
         elif i >= n_stored:
             layers.append(Layer(is_swa=is_swa[i]))
-        elif is_mla:
+        elif is_latent:
             layers.append(Layer(k_width=n_head_kv[i] * d_k, is_swa=is_swa[i]))
         else:
             k, v = (d_k_swa, d_v_swa) if is_swa[i] else (d_k, d_v)

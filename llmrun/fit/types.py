@@ -21,6 +21,8 @@ KV_BLOCKS: Mapping[KvType, tuple[int, int]] = {
 }
 MIB = 1 << 20
 GIB = 1 << 30
+# ggml's buffers of RAM in which the CPU keeps weights in an order of its own.
+REORDERED_BUFFERS = frozenset({"CPU_REPACK", "CPU_KLEIDIAI", "CPU_RISCV64_SPACEMIT", "AMX"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ class Estimate:
     `layer_weights` and `layer_kv` split both by layer, `layer_experts` is the part of each layer's
     weights that belongs to its experts (empty: there are none). `input_bytes` are the weights that
     never leave RAM and `output_bytes` those behind the last layer. `tied_bytes` come on top when
-    these go to a GPU, because the output is the embedding.
+    these go to a GPU, because the output is the embedding. `aliased_bytes` of the outputs are the
+    same pages as the embedding's when they stay in RAM and the file is mapped; `lazy_bytes` of the
+    inputs are read row by row from the mapped file in any load mode, so they need not fit.
 
     Source "exact": llama.cpp's own allocator was asked. "formula" is good to about a tenth and
     never far under. "filesize" is a rough upper bound for a model whose build is not known.
@@ -77,6 +81,8 @@ class Estimate:
     input_bytes: int = 0
     output_bytes: int = 0
     tied_bytes: int = 0
+    aliased_bytes: int = 0
+    lazy_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -101,10 +107,13 @@ class BufferUse:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The answer of llama.cpp's allocator for one Setup. Nothing of the program around it."""
+    """The answer of llama.cpp's allocator for one Setup. Nothing of the program around it.
+
+    `is_rough`: read from its log, rounded, and without what is reordered."""
 
     setup: Setup
     buffers: tuple[BufferUse, ...]
+    is_rough: bool = False
 
     def on(self, device: str) -> BufferUse:
         """The sum of all buffers on `device`."""
@@ -131,7 +140,7 @@ class Measurement:
 
     @property
     def repack_bytes(self) -> int:
-        return sum(use.weights_bytes for use in self.buffers if use.buffer == "CPU_REPACK")
+        return sum(use.weights_bytes for use in self.buffers if use.buffer in REORDERED_BUFFERS)
 
 
 class Allocator(Protocol):
@@ -139,7 +148,8 @@ class Allocator(Protocol):
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """ggml's names of the GPUs that its answers can place layers on; empty for a CPU build."""
+        """ggml's names of the GPUs that its answers can place layers on, in its order; empty for a
+        CPU build. A card may be named once more for each backend that lists it."""
 
     @property
     def problem(self) -> str | None:
