@@ -13,15 +13,16 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from llmrun.errors import UsageError
 from llmrun.text import close_names
 
-Kind = Literal["flag", "switch", "count", "text", "texts", "int", "float", "choice"]
-"""`flag`: on when given. `switch`: `--x/--no-x`. `count`: may be repeated. `texts`: a list."""
+Kind = Literal["flag", "switch", "count", "text", "texts", "int", "float", "shares", "choice"]
+"""`flag`: on when given. `switch`: `--x/--no-x`. `count`: may be repeated. `texts`: a list.
+`shares`: positive numbers with commas between them, or a list of numbers."""
 
 Group = Literal["common", "hub", "load", "sampling", "prompt", "run", "chat", "config"]
 
@@ -58,6 +59,7 @@ class Option:
         return (f"{dashed}/--no-{dashed[2:]}",) if self.kind == "switch" else (dashed,)
 
 
+MAX_SHARES = 16  # GGML_SCHED_MAX_BACKENDS
 KV_TYPES = ("f16", "q8_0", "q4_0", "bf16", "f32")
 
 OPTIONS: tuple[Option, ...] = (
@@ -100,8 +102,41 @@ OPTIONS: tuple[Option, ...] = (
         maximum=100_000,
         metavar="N|auto|all",
     ),
+    Option(
+        "cpu_moe",
+        "int",
+        "load",
+        "Keep the experts of the first N layers in RAM.",
+        "auto",
+        words=("auto", "all"),
+        minimum=0,
+        maximum=100_000,
+        metavar="N|auto|all",
+    ),
+    Option(
+        "tensor_split",
+        "shares",
+        "load",
+        "Each GPU's share of the layers, such as 3,1.",
+        (),
+        words=("auto",),
+        minimum=0,
+        maximum=1_000_000,
+        metavar="A,B|auto",
+    ),
     Option("kv_type", "choice", "load", "Type of the KV cache.", "auto", words=("auto", *KV_TYPES)),
     Option("flash_attn", "choice", "load", "FlashAttention.", "auto", words=("auto", "on", "off")),
+    Option(
+        "ubatch",
+        "int",
+        "load",
+        "Tokens of a prompt that are read in one step, or auto.",
+        words=("auto",),
+        none_word="auto",
+        minimum=16,
+        maximum=1 << 16,
+        metavar="N|auto",
+    ),
     Option(
         "speculative",
         "choice",
@@ -238,8 +273,8 @@ class Source:
 class Settings:
     """All options with their final values. None: not set, so the model or the engine chooses.
 
-    `sources` has an entry for each field. `ctx` and `threads` None mean auto. `gpu_layers` is a
-    number, `auto` or `all`.
+    `sources` has an entry for each field. `ctx`, `threads` and `ubatch` None mean auto, as does an
+    empty `tensor_split`. `gpu_layers` and `cpu_moe` are a number, `auto` or `all`.
     """
 
     json: bool = False
@@ -250,8 +285,11 @@ class Settings:
     force: bool = False
     ctx: int | None = None
     gpu_layers: int | str = "auto"
+    cpu_moe: int | str = "auto"
+    tensor_split: tuple[float, ...] = ()
     kv_type: str = "auto"
     flash_attn: str = "auto"
+    ubatch: int | None = None
     speculative: str = "auto"
     threads: int | None = None
     model: str | None = None
@@ -418,7 +456,23 @@ def parse_value(option: Option, raw: Any, source: Source) -> Any:
         if word in option.words:
             return word
         raise _refusal(option, raw, source, "")
+    if option.kind == "shares":
+        return _parse_shares(option, raw, source)
     return _parse_number(option, raw, source)
+
+
+def _parse_shares(option: Option, raw: Any, source: Source) -> tuple[float, ...]:
+    """`3,1` -> (3.0, 1.0); "auto" and an empty list are (). One share at least is above 0."""
+    if isinstance(raw, str) and raw.lower() in option.words:
+        return ()
+    items = raw.split(",") if isinstance(raw, str) else raw
+    if not isinstance(items, (list, tuple)) or len(items) > MAX_SHARES:
+        raise _refusal(option, raw, source, "numbers with commas between them")
+    one = replace(option, kind="float", words=())
+    shares = tuple(float(_parse_number(one, item, source) or 0) for item in items)
+    if shares and not any(shares):
+        raise _refusal(option, raw, source, "numbers of which one is above 0")
+    return shares
 
 
 def _parse_number(option: Option, raw: Any, source: Source) -> int | float | str | None:

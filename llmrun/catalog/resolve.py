@@ -34,7 +34,7 @@ from llmrun.catalog.names import (
     is_local_model,
     parse_reference,
 )
-from llmrun.catalog.types import Lister, ModelStore, Resolved
+from llmrun.catalog.types import Lister, ModelStore, Resolved, tagged
 from llmrun.errors import (
     AuthError,
     DamagedFileError,
@@ -283,6 +283,8 @@ class _Lookup:
             bundled=spec,
             notes=() if note is None else (note,),
             licence=wanted.entry.licence,
+            base=wanted.base,
+            tag=wanted.tag,
         )
 
     def unreachable(self, error: HubUnreachableError) -> HubUnreachableError:
@@ -376,12 +378,7 @@ class _Lookup:
         if wanted.by_name and self._is_default(choice):
             reference = wanted.base
         else:
-            label = choice.label
-            if match_tag(choices, label, wanted.entry) is not choice:
-                label = choice.path
-            elif wanted.by_name and choice.quant is not None:
-                label = label.lower()
-            reference = f"{wanted.base}:{label}"
+            reference = tagged(wanted.base, choice, choices, wanted.entry)
         title = entry.title if entry is not None else echo(wanted.repo.rpartition("/")[2])
         return Resolved(
             reference=reference,
@@ -401,6 +398,8 @@ class _Lookup:
             notes=notes,
             licence=licence or (entry.licence if entry is not None else None),
             gated=gated,
+            base=wanted.base,
+            tag=wanted.tag,
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from llmrun.catalog.choose import QuantChoice
+from llmrun.catalog.choose import QuantChoice, match_tag
 from llmrun.catalog.entries import CatalogEntry
 from llmrun.hub.types import BundledSpec, FileSet, RemoteFile, RepoListing, StoredModel
 
@@ -28,8 +29,10 @@ class ModelStore(Protocol):
 class Resolved:
     """One model with all that is needed to fetch and run it.
 
-    `reference` is text that a user can type to get this model again. `files` are its file or all
-    its shards in order; for a local model their `path` is the file's name.
+    `reference` is text that a user can type to get this model again, `base` what comes before the
+    tag in it (empty for local files), `tag` the quant or file that was asked for, None where the
+    default was taken. `files` are its file or all its shards in order; for a local model their
+    `path` is the file's name.
     `repo`, `revision` and `commit` are None for local and bundled models.
 
     `origin` says who answered: "local" (the user's own path), "cache" (a snapshot in the shared
@@ -59,6 +62,8 @@ class Resolved:
     notes: tuple[str, ...] = ()
     licence: str | None = None
     gated: bool = False
+    base: str = ""
+    tag: str | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -68,6 +73,10 @@ class Resolved:
     @property
     def is_on_disk(self) -> bool:
         return bool(self.local_paths)
+
+    def reference_to(self, choice: QuantChoice) -> str:
+        """Text that a user can type to get `choice`, one of the alternatives."""
+        return tagged(self.base, choice, self.alternatives, self.entry)
 
     def file_set(self, *, projector: bool = False, drafter: bool = False) -> FileSet:
         """What to download, as one transaction. Only for models that have a repository."""
@@ -80,3 +89,15 @@ class Resolved:
             commit=self.commit,
             files=self.files + tuple(file for file in extra if file is not None),
         )
+
+
+def tagged(
+    base: str, choice: QuantChoice, choices: Sequence[QuantChoice], entry: CatalogEntry | None
+) -> str:
+    """`base` with the tag that means `choice` among `choices`."""
+    label = choice.label
+    if match_tag(choices, label, entry) is not choice:
+        label = choice.path
+    elif "/" not in base and choice.quant is not None:
+        label = label.lower()  # as catalog names are written
+    return f"{base}:{label}"

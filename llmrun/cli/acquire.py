@@ -1,41 +1,54 @@
 """From what a user typed to files on this machine, judged before they are downloaded.
 
-resolve the reference → read the header (remote or local) → plan → download or unpack → read the
-header of what arrived. Used by `run`, `chat` and `pull`; `show` uses the first steps.
+resolve the reference → read the header (remote or local) → judge → download or unpack → read the
+header of what arrived → plan again. Used by `run`, `chat` and `pull`; `show` uses the first steps.
 """
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from llmrun.cli.judge import (
+    RemoteModel,
+    describe_fit,
+    judge_download,
+    plan_on_disk,
+    require_fit,
+)
 from llmrun.cli.options import Invocation
 from llmrun.cli.stored import get_again
 from llmrun.config import Settings
 from llmrun.errors import GgufError, HubUnreachableError
-from llmrun.text import format_bytes, format_count
 from llmrun.ui.progress import progress_for
 
 if TYPE_CHECKING:
     from llmrun.catalog.entries import CatalogEntry
-    from llmrun.catalog.types import Resolved
+    from llmrun.catalog.types import Lister, Resolved
     from llmrun.fit.plan import Plan, Wishes
     from llmrun.gguf.types import ModelInfo
-    from llmrun.hub.types import RepoListing
+    from llmrun.hardware.machine import Machine
+    from llmrun.hub.types import RemoteFile, RepoListing
+
+HEADERS_FOLDER = "headers"
+"""Where in the cache folder the headers of remote files are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
     """A model on disk whose header passed, with the plan to run it. `paths` are its files in
-    order; `was_downloaded` is False for one that was here before."""
+    order; `was_downloaded` is False for one that was here before. `wishes` and `machine`
+    are what the plan was made from."""
 
     resolved: Resolved
     info: ModelInfo
     plan: Plan
     paths: tuple[Path, ...]
     was_downloaded: bool
+    wishes: Wishes
+    machine: Machine
 
     @property
     def reference(self) -> str:
@@ -54,23 +67,33 @@ def wishes_of(settings: Settings, n_ctx_enough: int | None = None) -> Wishes:
     return Wishes(
         n_ctx=settings.ctx,
         n_gpu_layers=settings.gpu_layers,  # type: ignore[arg-type]
+        n_cpu_moe=settings.cpu_moe,  # type: ignore[arg-type]
+        tensor_split=settings.tensor_split,
         type_k=settings.kv_type,  # type: ignore[arg-type]
         type_v=settings.kv_type,  # type: ignore[arg-type]
         flash_attn=settings.flash_attn,  # type: ignore[arg-type]
+        n_ubatch=settings.ubatch,
         n_threads=settings.threads,
         n_ctx_enough=n_ctx_enough,
     )
 
 
-def resolve_model(invocation: Invocation, text: str, *, prefer_cache: bool = True) -> Resolved:
-    """What `text` means. `prefer_cache`: a model on disk answers without asking the hub."""
+def resolve_model(
+    invocation: Invocation,
+    text: str,
+    *,
+    prefer_cache: bool = True,
+    hub: Lister | None = None,
+) -> Resolved:
+    """What `text` means. `prefer_cache`: a model on disk answers without asking the hub (`hub`, by
+    default the invocation's)."""
     from llmrun.catalog.resolve import resolve
 
     services = invocation.services
     resolved = resolve(
         text,
         catalog=services.catalog(),
-        hub=_LateHub(invocation),
+        hub=hub or _LateHub(invocation),
         store=services.store(),
         prefer_cache=prefer_cache,
         cache=services.hub_cache,
@@ -80,43 +103,64 @@ def resolve_model(invocation: Invocation, text: str, *, prefer_cache: bool = Tru
     return resolved
 
 
-@dataclass(frozen=True, slots=True)
 class _LateHub:
-    """The hub, made when it is first asked: a model on disk needs none of it."""
+    """The hub, made when it is first asked: a model on disk needs none of it. Two questions about
+    one repository get one answer."""
 
-    invocation: Invocation
+    def __init__(self, invocation: Invocation) -> None:
+        self._invocation = invocation
+        self._known: dict[tuple[str, str], RepoListing] = {}
 
     def listing(self, repo: str, revision: str = "main") -> RepoListing:
-        hub = self.invocation.services.hub(offline=self.invocation.settings.offline)
-        return hub.listing(repo, revision)
+        if (repo, revision) not in self._known:
+            hub = self._invocation.services.hub(offline=self._invocation.settings.offline)
+            self._known[repo, revision] = hub.listing(repo, revision)
+        return self._known[repo, revision]
 
 
 def read_model_info(invocation: Invocation, resolved: Resolved) -> ModelInfo | None:
     """What the header says, read from disk or from byte ranges of the hub's files; None for a
     model inside a package that was not fetched yet. Raises GgufError and the hub's errors."""
-    from llmrun.gguf.header import read_header
-    from llmrun.gguf.info import build_info, read_info
+    if not resolved.local_paths:
+        model = read_remote_model(invocation, resolved)
+        return None if model is None else model.info
+    from llmrun.gguf.info import read_info
 
-    if resolved.local_paths:
-        try:
-            # A file of unknown origin gets the slower checks each time; a download got them once.
-            return read_info(resolved.local_paths, thorough=resolved.origin == "local")
-        except GgufError as error:
-            if resolved.origin != "local":
-                error.hint = get_again(resolved.reference)
-            raise
+    try:
+        # A file of unknown origin gets the slower checks each time; a download got them once.
+        return read_info(resolved.local_paths, thorough=resolved.origin == "local")
+    except GgufError as error:
+        if resolved.origin != "local":
+            error.hint = get_again(resolved.reference)
+        raise
+
+
+def read_remote_model(invocation: Invocation, resolved: Resolved) -> RemoteModel | None:
+    """The headers of a model on the hub, each read once for parser and allocator and kept in the
+    cache folder; None for a model that has no repository. Raises as `read_model_info` does."""
+    from llmrun.gguf.info import build_info
+    from llmrun.hub.header_cache import HeaderCache
+
     if resolved.repo is None or resolved.commit is None:
         return None
     hub = invocation.services.hub(offline=invocation.settings.offline)
+    cache = HeaderCache(invocation.environment.cache_dir / HEADERS_FOLDER)
     try:
-        headers = [
-            read_header(hub.open_source(resolved.repo, resolved.commit, file), name=file.path)
+        found = [
+            cache.get(resolved.repo, resolved.commit, file, hub.open_source)
             for file in resolved.files
         ]
-        return build_info(headers, resolved.n_bytes)
+        info = build_info([each.header for each in found], resolved.n_bytes)
     except GgufError as error:
         error.hint = f"llmrun search {shlex.quote(resolved.repo.rpartition('/')[2])}"
         raise
+    return RemoteModel(
+        info,
+        tuple(
+            (file.path.rpartition("/")[2], each.raw, file.n_bytes)
+            for file, each in zip(resolved.files, found, strict=True)
+        ),
+    )
 
 
 def acquire(
@@ -128,35 +172,64 @@ def acquire(
     events: bool = False,
     projector: bool = False,
 ) -> Acquired:
-    """Get the model onto this machine.
+    """Get the model onto this machine, with a plan of this moment.
 
-    Raises WillNotFitError before a byte of weights is downloaded, unless `--force`. `events`: the
-    command streams JSON. `projector`: download that too, in the same transaction.
+    Raises WillNotFitError for a model that is here and will not fit, and before a byte of weights
+    is downloaded, unless `--force`. After a download the plan is made anew from what is free then,
+    and it is for the caller to refuse it (`judge.require_fit`).
+    `events`: the command streams JSON. `projector`: download that too, in the same transaction.
     """
-    from llmrun.fit.plan import plan, require_fit
+    from llmrun.fit.plan import plan
     from llmrun.gguf.info import read_info
 
-    settings, output = invocation.settings, invocation.output
-    resolved = resolve_model(invocation, text, prefer_cache=prefer_cache)
-    machine = invocation.services.machine()
-    info = read_model_info(invocation, resolved)
-    made = None
-    if info is not None:
-        made = plan(machine, info, wishes)
-        require_fit(made, force=settings.force)
-        if not resolved.is_on_disk:
-            output.note(describe_fit(made))
+    output, services = invocation.output, invocation.services
+    hub = _LateHub(invocation)
+    resolved = resolve_model(invocation, text, prefer_cache=prefer_cache, hub=hub)
+    machine = services.machine()
     needs_projector = projector and resolved.projector is not None
-    if resolved.is_on_disk and not needs_projector:
-        paths, was_downloaded = resolved.local_paths, False
+    if projector and resolved.projector is not None:
+        wishes = _with_projector(wishes, resolved.projector, machine)
+    if resolved.is_on_disk:
+        info = read_model_info(invocation, resolved)
+        assert info is not None
+        made = plan_on_disk(invocation, machine, info, resolved.local_paths, wishes)
+        require_fit(invocation, resolved, info, made, wishes, machine)
+        if needs_projector:
+            fetch(invocation, resolved, events, needs_projector)
+        paths = resolved.local_paths
+        return Acquired(resolved, info, made, paths, needs_projector, wishes, machine)
+
+    def find(reference: str) -> tuple[Resolved, RemoteModel | None]:
+        other = resolve_model(invocation, reference, prefer_cache=False, hub=hub)
+        return other, read_remote_model(invocation, other)
+
+    judged = None
+    model = read_remote_model(invocation, resolved)
+    if model is not None:
+        judged = judge_download(invocation, resolved, model, wishes, machine, find)
+        resolved = judged.resolved
+        for note in judged.notes:
+            output.note(note)
+        output.note(describe_fit(judged.plan))
+    paths = resolved.local_paths
+    if not paths or needs_projector:
+        paths = fetch(invocation, resolved, events, needs_projector)
+    info = read_info(paths, thorough=True)
+    machine = services.machine()
+    if judged is not None:
+        made = plan(machine, info, wishes, allocator=judged.allocator)
     else:
-        paths, was_downloaded = fetch(invocation, resolved, events, needs_projector), True
-        info = None
-    if info is None or made is None:
-        info = read_info(paths, thorough=was_downloaded)
-        made = plan(machine, info, wishes)
-        require_fit(made, force=settings.force)
-    return Acquired(resolved, info, made, paths, was_downloaded)
+        made = plan_on_disk(invocation, machine, info, paths, wishes)
+    return Acquired(resolved, info, made, paths, True, wishes, machine)
+
+
+def _with_projector(wishes: Wishes, projector: RemoteFile, machine: Machine) -> Wishes:
+    """`wishes` with the memory that `projector` will take beside the model."""
+    from llmrun.fit.companions import companion_bytes, projector_need
+
+    device: Literal["gpu", "ram"] = "gpu" if machine.devices else "ram"
+    need = companion_bytes([projector_need(projector.n_bytes)], device)
+    return replace(wishes, companions_bytes=wishes.companions_bytes + need)
 
 
 def fetch(
@@ -182,13 +255,3 @@ def fetch(
 
     paths = download(hub, resolved.file_set(projector=projector), progress=progress)
     return tuple(paths[: len(resolved.files)])
-
-
-def describe_fit(made: Plan) -> str:
-    """One line: does it fit, what it takes, at which context."""
-    verdict = {"fits": "fits", "tight": "fits, but tightly", "does_not_fit": "does not fit"}
-    free = f" of {format_bytes(made.available_bytes)} free" if made.available_bytes else ""
-    return (
-        f"{verdict[made.verdict]}: {format_bytes(made.estimate.total_bytes)}{free} memory, "
-        f"context {format_count(made.n_ctx)}"
-    )

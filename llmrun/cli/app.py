@@ -121,7 +121,9 @@ def _as_llmrun_error(problem: BaseException, arguments: Sequence[str]) -> Llmrun
         return Interrupted("interrupted")
     if isinstance(problem, Terminated):
         return TerminatedError("terminated")
-    if isinstance(problem, MemoryError):
+    # CPython says so when there is no memory for a thread's stack.
+    has_no_thread = isinstance(problem, RuntimeError) and "start new thread" in str(problem)
+    if isinstance(problem, MemoryError) or has_no_thread:
         return LlmrunError("out of memory", hint="pass --ctx 4096, or take a smaller quant")
     if isinstance(problem, OSError) and problem.filename is not None:
         return LlmrunError(f"{problem.filename}: {problem.strerror}")
@@ -227,6 +229,7 @@ def _usage_error(problem: Any, parsed: Parsed) -> UsageError:
 
 _VERBS = (
     "pull",
+    "fit",
     "run",
     "chat",
     "list",
@@ -235,6 +238,7 @@ _VERBS = (
     "rm",
     "verify",
     "prune",
+    "doctor",
     "config",
 )
 

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from llmrun.chat.session import ChatSession
     from llmrun.chat.store import Conversation, SessionStore
     from llmrun.cli.open_model import OpenModel
+    from llmrun.fit.ranking import Ranked
     from llmrun.repl.state import Switched
-
-# A recommended model may take this share of the memory that is free, so that its context, other
-# programs and speed have room as well.
-_SHARE_OF_MEMORY = 0.5
 
 
 def chat(
@@ -174,31 +171,39 @@ class _Models:
         if session is not None:
             session.close()
         if opened is not None:
-            opened.engine.close()
+            opened.close()
 
 
 def default_model(invocation: Invocation) -> str:
     """The configured model, else the last used one that is still here, else a recommendation that
     the person agreed to. Raises NotFoundError when they did not, UsageError when nobody is there
     to ask."""
+    from llmrun.cli.judge import describe_speed
+
     configured = invocation.settings.model
     if configured:
         return configured
     last = _last_used(invocation)
     if last is not None:
         return last
-    entry = recommend(invocation)
+    found = recommend(invocation)
     hint = "llmrun chat smollm2-135m"
-    if entry is None:
+    if found is None:
         raise NotFoundError("no model is named, and none was used before", hint=hint)
-    size = f" ({format_bytes(entry.n_bytes)})" if entry.n_bytes else ""
-    question = f"No model yet. {entry.title}{size} fits this machine. Download it?"
+    entry = found.entry
+    size = f" ({format_bytes(found.n_bytes)})"
+    fits = "fits this machine" if found.suits else "is the best that runs on this machine"
+    speed = found.forecast
+    if speed is not None:
+        fits += f", {describe_speed(speed.low, speed.high)}"
     try:
-        agreed = invocation.output.confirm(question)
+        agreed = invocation.output.confirm(
+            f"No model yet. {entry.title}{size} {fits}. Download it?"
+        )
     except UsageError as error:
         raise UsageError(
             "no model is named, and none was used before",
-            why=f"{entry.name}{size} would fit this machine",
+            why=f"{entry.name}{size} {fits}",
             hint=f"llmrun chat {entry.name}",
         ) from error
     if not agreed:
@@ -218,23 +223,14 @@ def _last_used(invocation: Invocation) -> str | None:
     return last if Path(last).is_file() else None
 
 
-def recommend(invocation: Invocation) -> CatalogEntry | None:
-    """The catalog's largest chat model that leaves half of the free memory; None where the memory
-    cannot be read or nothing fits."""
-    try:
-        memory = invocation.services.machine().memory
-    except LlmrunError:
-        return None
-    budget = memory.available_bytes * _SHARE_OF_MEMORY
-    fitting = [
-        entry
-        for entry in invocation.services.catalog().entries()
-        if entry.n_bytes is not None
-        and entry.n_bytes <= budget
-        and not entry.has("embedding")
-        and not entry.has("rerank")
-    ]
-    return max(fitting, key=lambda entry: (entry.n_params or 0, entry.n_bytes or 0), default=None)
+def recommend(invocation: Invocation) -> Ranked[CatalogEntry] | None:
+    """The catalog's best chat model for this machine (see `fit.ranking`); None where the memory
+    cannot be read or nothing runs."""
+    from llmrun.cli.measure import with_ram_bandwidth
+    from llmrun.fit.ranking import best_for
+
+    machine = with_ram_bandwidth(invocation.services.machine(), invocation.environment.state_dir)
+    return best_for(invocation.services.catalog(), machine)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -6,49 +6,40 @@ import logging
 import queue
 import signal
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llmrun.cli.acquire import Acquired, acquire, wishes_of
+from llmrun.cli.judge import describe_change, plan_on_disk, require_fit
+from llmrun.cli.measure import WatchedEngine, read_resident_bytes, record_speed
 from llmrun.cli.options import Invocation
-from llmrun.config import OPTION_BY_KEY, Settings, Source, parse_value
-from llmrun.engine.types import EngineLike, EngineOptions, SamplingParams, Tokenizer
-from llmrun.errors import LlmrunError, UsageError
+from llmrun.cli.sampling import sampling_of
+from llmrun.engine.types import EngineLike, EngineOptions, SamplingParams
+from llmrun.errors import LlmrunError, WillNotFitError
 from llmrun.ui.output import Output
 from llmrun.ui.progress import load_progress_for
 
 if TYPE_CHECKING:
-    from llmrun.catalog.entries import CatalogEntry
     from llmrun.cli.services import Services
     from llmrun.engine.types import LoadProgress
-    from llmrun.gguf.types import ModelInfo
 
-# Keys of Settings that are fields of SamplingParams under the same name.
-SAMPLING_KEYS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "xtc_probability",
-    "xtc_threshold",
-    "dry_multiplier",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
-# general.sampling.* in a header, where the word is not ours.
-_HEADER_WORDS = {"temp": "temperature", "penalty_repeat": "repeat_penalty"}
+_MAX_RETRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A loaded model. The one who opened it closes the engine."""
+    """A loaded model. The one who opened it closes it."""
 
     acquired: Acquired
-    engine: EngineLike
+    engine: WatchedEngine
     sampling: SamplingParams
+    invocation: Invocation
+
+    def close(self) -> None:
+        """Free the model, and remember how fast it was."""
+        measured_bytes = read_resident_bytes() if self.engine.last_finish is not None else None
+        self.engine.close()
+        record_speed(self.invocation, self.acquired, self.engine, measured_bytes)
 
 
 def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = None) -> OpenModel:
@@ -58,24 +49,75 @@ def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = 
     Raises every LlmrunError on the way, before anything is loaded where that can be known.
     """
     acquired = acquire(invocation, text, wishes_of(invocation.settings, n_ctx_enough))
+    if acquired.was_downloaded:
+        # What is free may have changed while the download ran.
+        require_fit(
+            invocation,
+            acquired.resolved,
+            acquired.info,
+            acquired.plan,
+            acquired.wishes,
+            acquired.machine,
+        )
     for reason in acquired.plan.reasons:
         invocation.output.detail(reason)
     return load_model(invocation, acquired)
 
 
 def load_model(invocation: Invocation, acquired: Acquired) -> OpenModel:
-    """Load a model that is on this machine, as its plan says."""
+    """Load a model that is on this machine, as its plan says; with less when there is no memory
+    for that after all (see `_load_smaller`)."""
     output, services = invocation.output, invocation.services
     route_logs(output)
-    with load_progress_for(output) as on_progress:
-        engine = _load(services, acquired, on_progress)
+    acquired, engine = _load_smaller(invocation, acquired)
     try:
         sampling = sampling_of(invocation.settings, acquired.info, acquired.entry, engine.tokenizer)
     except LlmrunError:
         engine.close()
         raise
     services.store().record_use(acquired.paths[0])
-    return OpenModel(acquired, engine, sampling)
+    return OpenModel(acquired, WatchedEngine(engine), sampling, invocation)
+
+
+def _load_smaller(invocation: Invocation, acquired: Acquired) -> tuple[Acquired, EngineLike]:
+    """Load; when the allocator fails though the plan fitted, plan smaller and try again, twice at
+    most. What the user fixed is not touched. What is given up is told.
+
+    Raises the WillNotFitError of the last attempt, in the allocator's own words.
+    """
+    output, services = invocation.output, invocation.services
+    for n_retries in range(_MAX_RETRIES + 1):
+        try:
+            with load_progress_for(output) as on_progress:
+                return acquired, _load(services, acquired, on_progress)
+        except WillNotFitError as error:
+            smaller = None
+            if n_retries < _MAX_RETRIES:
+                smaller = _shrink(invocation, acquired)
+            if smaller is None:
+                if n_retries:
+                    output.note(f"given up after {n_retries + 1} attempts")
+                raise
+            words = f"{error.message}: {error.why}" if error.why else error.message
+            change = describe_change(acquired.plan, smaller.plan)
+            output.warn(f"{words}; trying again with {change}")
+            acquired = smaller
+    raise AssertionError("unreachable")
+
+
+def _shrink(invocation: Invocation, acquired: Acquired) -> Acquired | None:
+    """The same model with the next smaller plan; None when there is none that is smaller."""
+    from llmrun.fit.plan import shrink
+
+    machine = invocation.services.machine()
+    wishes = shrink(acquired.plan, acquired.wishes, machine, acquired.info)
+    if wishes is None:
+        return None
+    made = plan_on_disk(invocation, machine, acquired.info, acquired.paths, wishes)
+    is_same = made.setup == acquired.plan.setup and made.use_mmap == acquired.plan.use_mmap
+    if is_same or (made.verdict == "no" and not invocation.settings.force):
+        return None
+    return replace(acquired, plan=made, wishes=wishes, machine=machine)
 
 
 def _load(services: Services, acquired: Acquired, on_progress: LoadProgress | None) -> EngineLike:
@@ -144,6 +186,8 @@ def engine_options(acquired: Acquired) -> EngineOptions:
     return EngineOptions(
         n_ctx=plan.n_ctx,
         n_gpu_layers=plan.n_gpu_layers,
+        n_cpu_moe=plan.n_cpu_moe,
+        tensor_split=plan.tensor_split,
         type_k=plan.type_k,
         type_v=plan.type_v,
         flash_attn=plan.flash_attn,
@@ -153,82 +197,6 @@ def engine_options(acquired: Acquired) -> EngineOptions:
         use_mmap=plan.use_mmap,
         use_repack=plan.use_repack,
     )
-
-
-def sampling_of(
-    settings: Settings,
-    info: ModelInfo | None,
-    entry: CatalogEntry | None,
-    tokenizer: Tokenizer | None = None,
-    *,
-    grammar: str | None = None,
-) -> SamplingParams:
-    """The user's values, else the header's `general.sampling.*`, else the catalog's, else the
-    engine's own. Values of a header that are out of range count as not given."""
-    values = recommended_sampling(info, entry, thinking=settings.think is not False)
-    for key in SAMPLING_KEYS:
-        given = getattr(settings, key)
-        if given is not None:
-            values[key] = given
-    bias = tuple(_parse_bias(text, tokenizer) for text in settings.logit_bias) if tokenizer else ()
-    return SamplingParams(**values, seed=settings.seed, logit_bias=bias, grammar=grammar)
-
-
-def recommended_sampling(
-    info: ModelInfo | None, entry: CatalogEntry | None, *, thinking: bool = True
-) -> dict[str, Any]:
-    """What the model's makers advise, by the names of SAMPLING_KEYS."""
-    values = _catalog_sampling(entry, thinking=thinking)
-    if info is not None:
-        values.update(_header_sampling(info.sampling))
-    return values
-
-
-def _catalog_sampling(entry: CatalogEntry | None, *, thinking: bool) -> dict[str, Any]:
-    advice = entry.sampling_for(thinking=thinking) if entry is not None else None
-    if advice is None:
-        return {}
-    found = {key: getattr(advice, key, None) for key in SAMPLING_KEYS}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _header_sampling(advice: Mapping[str, float | int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for word, value in advice.items():
-        key = _HEADER_WORDS.get(word, word)
-        if key not in SAMPLING_KEYS:
-            continue
-        try:
-            found[key] = parse_value(OPTION_BY_KEY[key], value, Source("default"))
-        except UsageError:
-            continue
-    return found
-
-
-def _parse_bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
-    """`TOKEN=BIAS`: a token's number, or a text that is one token; a number, or `ban`."""
-    hint = '--logit-bias "15043=-5", or a text that is one token: --logit-bias " the=ban"'
-    token_text, equals, bias_text = text.rpartition("=")
-    try:
-        bias = float("-inf") if bias_text == "ban" else float(bias_text)
-    except ValueError:
-        bias = float("nan")
-    if not equals or not token_text or bias != bias or bias == float("inf"):
-        raise UsageError(f"option --logit-bias: {text!r} is not TOKEN=BIAS", hint=hint)
-    if token_text.isascii() and token_text.isdigit():
-        token = int(token_text)
-        if token >= tokenizer.n_vocab:
-            raise UsageError(
-                f"option --logit-bias: there is no token {token}",
-                why=f"the vocabulary has {tokenizer.n_vocab} tokens",
-            )
-        return token, bias
-    tokens = tokenizer.tokenize(token_text, add_special=False, parse_special=False)
-    if len(tokens) != 1:
-        raise UsageError(
-            f"option --logit-bias: {token_text!r} is {len(tokens)} tokens, not one", hint=hint
-        )
-    return tokens[0], bias
 
 
 class _LogHandler(logging.Handler):

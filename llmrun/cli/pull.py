@@ -29,12 +29,16 @@ class FileRow:
 
 @dataclass(frozen=True, slots=True)
 class FitData:
-    """`verdict`: fits, tight or does_not_fit. Bytes of memory; 0 free: not known."""
+    """`verdict`: fits, tight, partly_on_cpu, cpu_only or no. Bytes of memory; 0 free: not known.
+    `source` is where the figures come from: exact, formula or filesize. `tok_s` is the forecast of
+    tokens a second, [low, high], or null."""
 
     verdict: str
     n_ctx: int
     needed_bytes: int
     available_bytes: int
+    source: str
+    tok_s: tuple[float, float] | None
     reasons: tuple[str, ...]
 
 
@@ -77,6 +81,8 @@ def pull(
     An interrupted download goes on where it stopped; every file's sha256 is compared.
     """
     from llmrun.cli.acquire import acquire, wishes_of
+    from llmrun.cli.judge import describe_fit
+    from llmrun.cli.measure import with_forecast
 
     wishes = wishes_of(invocation.settings)
     pulled: list[PulledModel] = []
@@ -92,12 +98,17 @@ def pull(
         except KeyboardInterrupt:
             invocation.output.note("stopped; the same command again goes on from here")
             raise
-        pulled.append(_row(acquired))
+        made = with_forecast(invocation, acquired.machine, acquired.info, acquired.plan)
+        if not acquired.was_downloaded:
+            invocation.output.note(describe_fit(made))
+        for reason in made.reasons:
+            invocation.output.detail(reason)
+        pulled.append(_row(acquired, made))
     result = PullResult(tuple(pulled))
     return Failed(result, tuple(errors)) if errors else result
 
 
-def _row(acquired: Acquired) -> PulledModel:
+def _row(acquired: Acquired, made: Plan) -> PulledModel:
     resolved = acquired.resolved
     return PulledModel(
         model=resolved.reference,
@@ -108,16 +119,19 @@ def _row(acquired: Acquired) -> PulledModel:
         commit=resolved.commit,
         origin=resolved.origin,
         downloaded=acquired.was_downloaded,
-        fit=fit_data(acquired.plan),
+        fit=fit_data(made),
     )
 
 
 def fit_data(made: Plan) -> FitData:
+    speed = made.forecast
     return FitData(
         verdict=made.verdict,
         n_ctx=made.n_ctx,
-        needed_bytes=made.estimate.total_bytes,
+        needed_bytes=made.placement.total_bytes,
         available_bytes=made.available_bytes,
+        source=made.source,
+        tok_s=None if speed is None else (round(speed.low, 1), round(speed.high, 1)),
         reasons=made.reasons,
     )
 

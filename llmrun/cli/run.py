@@ -100,7 +100,7 @@ def run(
                 raise
             finish = session.last_finish
     finally:
-        opened.engine.close()
+        opened.close()
     if finish is None:
         raise LlmrunError("the answer stopped before its end")
     result = _result(opened, answer, finish)

@@ -15,7 +15,10 @@ from llmrun.config import Environment
 if TYPE_CHECKING:
     from llmrun.catalog.entries import Catalog
     from llmrun.engine.types import EngineLike, EngineOptions, LoadProgress
+    from llmrun.fit.types import Allocator
     from llmrun.gguf.types import ModelInfo
+    from llmrun.hardware.advice import Problem
+    from llmrun.hardware.engine_devices import EngineReport
     from llmrun.hardware.machine import Machine
     from llmrun.hub.client import Hub
     from llmrun.hub.store import Store
@@ -53,9 +56,53 @@ class Services:
         return load_catalog()
 
     def machine(self) -> Machine:
+        """What there is and what is free now, the GPUs that the engine can use included."""
         from llmrun.hardware.probe import detect_machine
 
-        return detect_machine()
+        return detect_machine(devices=True)
+
+    def find_problems(self, machine: Machine, engine: EngineReport) -> tuple[Problem, ...]:
+        """What keeps the hardware from being used, and what mends it. Starts drivers' programs."""
+        from llmrun.hardware.advice import find_problems
+
+        return find_problems(machine, engine=engine)
+
+    def describe_engine(self) -> EngineReport:
+        """What the engine's library says of itself. Starts a process; never raises."""
+        from llmrun.hardware.engine_devices import ask_engine
+        from llmrun.hardware.probe import Probe
+
+        return ask_engine(Probe(), always=True)
+
+    def allocator_of_headers(
+        self,
+        headers: Sequence[tuple[str, bytes, int]],
+        info: ModelInfo | None,
+        machine: Machine,
+    ) -> Allocator:
+        """llama.cpp's allocator for files of which only the headers are here: (name, first bytes,
+        size) of each. No process is started before it is asked. Without `info` no answer is kept.
+        """
+        from llmrun.fit.exact import ChildAllocator
+
+        return ChildAllocator.of_headers(
+            headers, info=info, cache=self.answers_dir, device_key=_describe_devices(machine)
+        )
+
+    def allocator_of_files(
+        self, paths: Sequence[Path], info: ModelInfo, machine: Machine
+    ) -> Allocator:
+        """The same for files that are here."""
+        from llmrun.fit.exact import ChildAllocator
+
+        return ChildAllocator(
+            paths, info=info, cache=self.answers_dir, device_key=_describe_devices(machine)
+        )
+
+    @property
+    def answers_dir(self) -> Path:
+        """Where the allocator's answers are kept."""
+        return self.environment.cache_dir / "allocations"
 
     def open_engine(
         self,
@@ -86,3 +133,8 @@ class Services:
 
     def close(self) -> None:
         """End of the run."""
+
+
+def _describe_devices(machine: Machine) -> str:
+    """Words that name the GPUs that are there; with others the allocator's answers are others."""
+    return ",".join(f"{d.name}={d.description}/{d.total_bytes}" for d in machine.devices)

@@ -197,7 +197,7 @@ def _companion(file: object) -> FileRow | None:
 
 def _sampling(info: ModelInfo | None, entry: CatalogEntry | None) -> dict[str, float | int]:
     """The recommended values: what the header says wins over the catalog."""
-    from llmrun.cli.open_model import recommended_sampling
+    from llmrun.cli.sampling import recommended_sampling
 
     return recommended_sampling(info, entry)
 

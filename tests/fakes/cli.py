@@ -20,8 +20,12 @@ from llmrun.cli.app import main
 from llmrun.cli.services import Services
 from llmrun.config import Environment
 from llmrun.engine.types import EngineLike, EngineOptions, LoadProgress
+from llmrun.fit.types import Allocator, Measurement, Setup
 from llmrun.gguf.types import ModelInfo
-from llmrun.hardware.machine import Cpu, Machine, Memory
+from llmrun.hardware.engine_devices import EngineReport
+from llmrun.hardware.machine import Cpu, Device, Machine, Memory
+from llmrun.hardware.problem import Problem
+from llmrun.hub.client import Hub
 from tests.fakes.fake_engine import CHATML, FakeEngine
 from tests.fakes.gguf_builder import tiny_llama_builder
 
@@ -52,24 +56,71 @@ class Run:
         return self.envelope["data"]
 
 
+class SilentAllocator:
+    """Implements `fit.types.Allocator` without an answer, so that the closed form counts."""
+
+    devices = ()
+    problem = "this one is a fake"
+
+    def measure(self, setups: Sequence[Setup]) -> tuple[Measurement | None, ...]:
+        return (None,) * len(setups)
+
+
 class FakeServices(Services):
-    """A machine with `memory` bytes free, and the engines that `engine` gives."""
+    """A machine with `memory` bytes free (a function: asked each time) and `devices`, and the
+    engines that `engine` gives. `n_looks` counts how often the machine was looked at, `judged`
+    holds the first file's name for each allocator that was made."""
 
     def __init__(
         self,
         environment: Environment,
         engine: EngineLike | Callable[[], EngineLike],
-        memory: int = 16 * GB,
+        memory: int | Callable[[], int] = 16 * GB,
         catalog: Catalog | None = None,
+        devices: tuple[Device, ...] = (),
+        hub: Hub | None = None,
+        allocator: Allocator | None = None,
     ) -> None:
         super().__init__(environment)
         self._engine = engine
         self._memory = memory
         self._catalog = catalog
+        self._devices = devices
+        self._hub = hub
+        self._allocator = allocator or SilentAllocator()
         self.opened: list[tuple[tuple[Path, ...], EngineOptions]] = []
+        self.judged: list[str] = []
+        self.n_looks = 0
 
     def machine(self) -> Machine:
-        return Machine(Cpu(8, 8, 4), Memory(self._memory, self._memory))
+        self.n_looks += 1
+        free = self._memory() if callable(self._memory) else self._memory
+        # With a bandwidth, nothing needs to be measured.
+        return Machine(Cpu(8, 8, 4), Memory(free, free, bandwidth_bytes_s=5e10), self._devices)
+
+    def find_problems(self, machine: Machine, engine: EngineReport) -> tuple[Problem, ...]:
+        return ()
+
+    def describe_engine(self) -> EngineReport:
+        return EngineReport((), ("AVX2",), ("CPU",), "fake 1")
+
+    def allocator_of_headers(
+        self,
+        headers: Sequence[tuple[str, bytes, int]],
+        info: ModelInfo | None,
+        machine: Machine,
+    ) -> Allocator:
+        self.judged.append(headers[0][0])
+        return self._allocator
+
+    def allocator_of_files(
+        self, paths: Sequence[Path], info: ModelInfo, machine: Machine
+    ) -> Allocator:
+        self.judged.append(paths[0].name)
+        return self._allocator
+
+    def hub(self, *, offline: bool) -> Hub:
+        return self._hub if self._hub is not None else super().hub(offline=offline)
 
     def catalog(self) -> Catalog:
         return self._catalog if self._catalog is not None else super().catalog()
@@ -99,13 +150,22 @@ class Cli:
         folder: Path,
         engine: EngineLike | Callable[[], EngineLike] | None = None,
         *,
-        memory: int = 16 * GB,
+        memory: int | Callable[[], int] = 16 * GB,
         catalog: Catalog | None = None,
+        devices: tuple[Device, ...] = (),
+        hub: Hub | None = None,
+        services: type[FakeServices] = FakeServices,
+        allocator: Allocator | None = None,
     ) -> None:
+        """`services`: a subclass with other methods. For the rest see FakeServices."""
         self.folder = folder
         self.engine = engine or FakeEngine()
         self.memory = memory
         self.catalog = catalog
+        self.devices = devices
+        self.hub = hub
+        self.services_class = services
+        self.allocator = allocator
         self.hub_cache = folder / "hub"
         self.environ = {"HF_HUB_CACHE": str(self.hub_cache), "COLUMNS": "100", "TERM": "xterm"}
         self.services: FakeServices | None = None
@@ -133,7 +193,15 @@ class Cli:
             self.folder / "data",
             self.folder / "cache",
         )
-        self.services = FakeServices(environment, self.engine, self.memory, self.catalog)
+        self.services = self.services_class(
+            environment,
+            self.engine,
+            self.memory,
+            self.catalog,
+            self.devices,
+            self.hub,
+            self.allocator,
+        )
         code = main(arguments, environment, self.services)
         return Run(code, out.getvalue() if hasattr(out, "getvalue") else "", err.getvalue())
 

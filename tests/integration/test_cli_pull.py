@@ -60,6 +60,7 @@ def test_pull_json_is_events_then_one_envelope(hub: LoopbackHub, tmp_path: Path)
     (model,) = envelope["data"]["models"]
     assert model["downloaded"] and Path(model["path"]).exists()
     assert model["quant"] == "Q8_0" and len(model["files"][0]["sha256"]) == 64
+    assert model["fit"]["verdict"] == "fits" and model["fit"]["source"] == "exact"
 
 
 def test_what_will_not_fit_is_refused_before_the_weights(

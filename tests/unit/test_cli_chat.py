@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmrun.errors import EngineError
-from tests.fakes.cli import GB, Cli
+from llmrun.hardware.machine import Cpu, Machine, Memory
+from tests.fakes.cli import GB, Cli, FakeServices
 from tests.fakes.fake_engine import FakeEngine, fake_facts
 
 
@@ -70,24 +71,34 @@ def test_a_last_used_model_that_is_gone_is_not_taken(tmp_path: Path) -> None:
 def test_a_recommendation_asks_before_it_downloads(tmp_path: Path) -> None:
     cli = Cli(tmp_path, memory=16 * GB)
     run = cli("chat", tty=True, stdin="n\n")
-    assert run.code == 3 and "fits this machine. Download it? [y/N]" in run.err
+    assert run.code == 3 and " fits this machine, about " in run.err
+    assert " tok/s. Download it? [y/N]" in run.err
     assert not (tmp_path / "hub").exists()
     # Nobody to ask: say what could be done, fetch nothing.
     run = cli("chat")
-    assert run.code == 2 and "would fit this machine" in run.err and "llmrun chat " in run.err
+    assert run.code == 2 and " fits this machine, " in run.err and "try: llmrun chat " in run.err
 
 
-@pytest.mark.parametrize(("memory", "limit"), [(2 * GB, 1 * GB), (16 * GB, 8 * GB)])
-def test_the_recommendation_leaves_half_of_the_memory(
-    memory: int, limit: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("memory", [2 * GB, 16 * GB, 64 * GB])
+def test_the_recommendation_is_that_of_the_ranking(memory: int, tmp_path: Path) -> None:
     from llmrun.catalog.load import load_catalog
+    from llmrun.fit.ranking import rank
 
     cli = Cli(tmp_path, memory=memory)
     err = cli("chat", tty=True, stdin="n\n").err
-    (entry,) = [e for e in load_catalog().entries() if f"yet. {e.title} (" in err]
-    assert entry.n_bytes <= limit
-    assert not entry.has("embedding") and not entry.has("rerank")
+    best = next(each for each in rank(load_catalog(), cli.services.machine()) if each.runs)
+    assert f"No model yet. {best.entry.title} (" in err
+    assert best.needed_bytes <= memory
+    assert not best.entry.has("embedding") and not best.entry.has("rerank")
+
+
+def test_where_nothing_is_fluent_the_best_that_runs_is_recommended(tmp_path: Path) -> None:
+    class Slow(FakeServices):
+        def machine(self) -> Machine:
+            return Machine(Cpu(1, 1, 1), Memory(8 * GB, 8 * GB, bandwidth_bytes_s=1e8))
+
+    run = Cli(tmp_path, services=Slow)("chat", tty=True, stdin="n\n")
+    assert run.code == 3 and " is the best that runs on this machine, about 0." in run.err
 
 
 def test_no_recommendation_without_memory(tmp_path: Path) -> None:

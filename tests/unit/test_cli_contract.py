@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from llmrun import errors
+from llmrun.cli import doctor, prune, pull, rm, run, search, show, verify
 from llmrun.cli import list as list_verb
-from llmrun.cli import prune, pull, rm, run, search, show, verify
 from llmrun.cli.config import ConfigChangeResult, ConfigPathResult, ConfigResult, SettingRow
 from llmrun.ui.output import Result
 from tests.fakes.cli import Cli
@@ -25,7 +25,7 @@ KEYS = {
     pull.PullResult: "models",
     pull.PulledModel: "model path files size quant commit origin downloaded fit",
     pull.FileRow: "path size sha256",
-    pull.FitData: "verdict n_ctx needed_bytes available_bytes reasons",
+    pull.FitData: "verdict n_ctx needed_bytes available_bytes source tok_s reasons",
     list_verb.ListResult: "models total_size",
     list_verb.ModelRow: "model repo quant size context last_used age_s state origin commit path "
     "files",
@@ -46,6 +46,13 @@ KEYS = {
     search.SearchResult: "repos",
     search.SearchRow: "repo downloads likes updated params architecture context gated quants",
     search.QuantRow: "quant size",
+    doctor.DoctorResult: "checks machine build",
+    doctor.Check: "name status detail hint",
+    doctor.MachineData: "name platform arch cpu memory devices",
+    doctor.CpuData: "name logical usable cores quota threads features",
+    doctor.MemoryData: "total available source",
+    doctor.DeviceData: "name description backend free total shared",
+    doctor.BuildData: "llmrun python binding llama_cpp backends features path",
     ConfigResult: "path settings",
     SettingRow: "key value source origin",
     ConfigPathResult: "path exists",
@@ -60,7 +67,7 @@ def test_keys_of_json_data(kind: type) -> None:
 
 
 def test_every_result_of_a_command_is_pinned() -> None:
-    modules = (run, pull, list_verb, show, rm, verify, prune, search)
+    modules = (run, pull, list_verb, show, rm, verify, prune, search, doctor)
     for module in modules:
         for value in vars(module).values():
             is_own = isinstance(value, type) and value.__module__ == module.__name__
@@ -134,6 +141,7 @@ def test_help_and_version(tmp_path: Path) -> None:
     assert asked.code == 0 and asked.out == bare.out and asked.err == ""
     for command in [
         "pull",
+        "fit",
         "run",
         "chat",
         "list",
@@ -142,6 +150,7 @@ def test_help_and_version(tmp_path: Path) -> None:
         "rm",
         "verify",
         "prune",
+        "doctor",
         "config",
     ]:
         assert f"\n  {command} " in asked.out
@@ -156,8 +165,9 @@ def test_help_and_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["run", "chat", "pull"])
 def test_shared_load_flags(command: str, tmp_path: Path) -> None:
     out = Cli(tmp_path)(command, "--help").out
-    for flag in ["ctx", "gpu-layers", "kv-type", "flash-attn", "speculative", "threads", "force"]:
-        assert f"--{flag}" in out
+    flags = ["ctx", "gpu-layers", "kv-type", "flash-attn", "speculative", "threads", "force"]
+    for flag in [*flags, "cpu-moe", "tensor-split", "ubatch"]:
+        assert f"--{flag} " in out
 
 
 def test_a_table_of_help_lines_is_not_cut(tmp_path: Path) -> None:

@@ -299,6 +299,16 @@ def test_a_defect_is_one_line_and_a_hint(tmp_path: Path) -> None:
     assert "Traceback" in cli("run", cli.model(), "Hi").err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_no_memory_for_the_program_itself(error: Exception, tmp_path: Path) -> None:
+    def explode() -> FakeEngine:
+        raise error
+
+    cli = Cli(tmp_path, explode)
+    run = cli("run", cli.model(), "Hi")
+    assert run.code == 1 and run.err.startswith("error: out of memory\ntry: pass --ctx 4096")
+
+
 def test_will_not_fit_unless_forced(tmp_path: Path) -> None:
     cli = Cli(tmp_path, memory=1_000_000)
     run = cli("run", cli.model(), "Hi", "--json")

@@ -71,6 +71,7 @@ def test_every_option_can_be_set_by_its_variable(option, tmp_path: Path) -> None
         "texts": "x",
         "int": "17",
         "float": "0.5",
+        "shares": "3,1",
         "choice": option.words[-1] if option.words else "",
     }
     environment = make_environment(tmp_path, {option.env_name: sample[option.kind]})
@@ -103,6 +104,12 @@ def test_auto_is_none_and_beats_a_number_in_the_file(tmp_path: Path) -> None:
         ({}, {"LLMRUN_TOP_P": "2"}, "", ["LLMRUN_TOP_P", "from 0 to 1"]),
         ({}, {"LLMRUN_JSON": "perhaps"}, "", ["LLMRUN_JSON", "true or false"]),
         ({"kv_type": "q3"}, {}, "", ["--kv-type", "q8_0"]),
+        ({"tensor_split": "3;1"}, {}, "", ["--tensor-split", "a number"]),
+        ({"tensor_split": "0,0"}, {}, "", ["--tensor-split", "above 0", "auto"]),
+        ({"tensor_split": "3,-1"}, {}, "", ["--tensor-split", "from 0"]),
+        ({"tensor_split": ",".join("1" * 17)}, {}, "", ["--tensor-split", "commas"]),
+        ({"cpu_moe": "some"}, {}, "", ["--cpu-moe", "auto, all"]),
+        ({"ubatch": "3"}, {}, "", ["--ubatch", "from 16"]),
         ({}, {}, "ctx = true\n", ["config.toml", '"ctx"', "whole"]),
         ({}, {}, "stop = [1]\n", ["config.toml", "list"]),
         ({}, {}, "system = 3\n", ["config.toml", "text"]),
@@ -118,6 +125,16 @@ def test_a_bad_value_names_its_source(flags, environ, file, words, tmp_path: Pat
     for word in words:
         assert word in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_shares_are_words_or_a_list_and_survive_the_file(tmp_path: Path) -> None:
+    environment = make_environment(tmp_path)
+    assert load_settings(environment, {"tensor_split": "3, 1.5"}).tensor_split == (3.0, 1.5)
+    assert load_settings(environment, {"tensor_split": "auto"}).tensor_split == ()
+    write_config(environment, "tensor_split = [3, 0, 1]\n")
+    assert load_settings(environment, {}).tensor_split == (3.0, 0.0, 1.0)
+    set_in_config_file(environment.config_path, "tensor_split", (2.0, 1.0))
+    assert load_settings(environment, {}).tensor_split == (2.0, 1.0)
 
 
 def test_a_mistyped_key_gets_the_close_one() -> None:
