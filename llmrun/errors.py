@@ -11,6 +11,8 @@
     │   └── GgufError           exit 7   bad_gguf
     ├── ContextOverflowError    exit 1   context_length_exceeded
     ├── EngineError             exit 1   engine
+    ├── ServerError             exit 1   server
+    │   └── ServerUnreachableError  exit 6   server_unreachable
     └── TemplateError           exit 1   template
 
 Every error has three parts: what happened (`message`), why (`why`, may be None), and a next step
@@ -108,6 +110,19 @@ class EngineError(LlmrunError):
     """llama.cpp refused or failed."""
 
     code = "engine"
+
+
+class ServerError(LlmrunError):
+    """A model server that llmrun is a client of refuses, or answers what cannot be understood."""
+
+    code = "server"
+
+
+class ServerUnreachableError(ServerError):
+    """That server does not answer in time, or not at all."""
+
+    exit_code = 6
+    code = "server_unreachable"
 
 
 class TemplateError(LlmrunError):

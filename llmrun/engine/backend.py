@@ -14,7 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
-from llmrun.engine.types import ModelFacts, SamplingParams, Tokenizer
+from llmrun.engine.types import ModelFacts, SamplingParams, StateBytes, Tokenizer
 
 
 class DecodeResult(enum.Enum):
@@ -80,6 +80,14 @@ class Backend(Protocol):
     @property
     def n_seq_max(self) -> int: ...
 
+    @property
+    def n_threads(self) -> int:
+        """Threads for a batch of one row, as loaded."""
+
+    @property
+    def n_threads_batch(self) -> int:
+        """Threads for a batch of two rows or more, as loaded."""
+
     def decode(self, chunks: SequenceOf[Chunk]) -> DecodeResult:
         """Compute one batch. Raises EngineError on a failure that leaves the context unusable."""
 
@@ -101,14 +109,22 @@ class Backend(Protocol):
 
     def seq_pos_max(self, seq_id: int) -> int: ...
 
-    def save_state(self, seq_id: int, *, partial: bool) -> bytes:
+    @property
+    def state_key(self) -> str:
+        """Names what states depend on beside the model's file: build, cache types and the like."""
+
+    def state_bytes(self, seq_id: int) -> int:
+        """How long `save_state` would be."""
+
+    def save_state(self, seq_id: int, *, partial: bool) -> StateBytes:
         """The sequence's cache as bytes. `partial`: only the part that `seq_rm` cannot roll back
         (the window or the recurrent state)."""
 
-    def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
+    def load_state(self, seq_id: int, state: StateBytes, *, partial: bool) -> bool:
         """Put saved bytes back. False: they do not belong here; treat the sequence as empty."""
 
-    def set_threads(self, n_threads: int, n_threads_batch: int) -> None: ...
+    def set_threads(self, n_threads: int, n_threads_batch: int) -> None:
+        """From the next step on. Costs next to nothing."""
 
     def request_abort(self) -> None:
         """Make a running `decode` return ABORTED soon. Any thread."""

@@ -24,7 +24,14 @@ from llmrun.engine.logs import LogSink
 from llmrun.engine.params import check_options, fill_context_params, fill_model_params
 from llmrun.engine.params import default_threads as default_threads
 from llmrun.engine.sampling import LlamaSampler
-from llmrun.engine.types import EngineOptions, LoadProgress, ModelFacts, SamplingParams
+from llmrun.engine.types import (
+    EngineOptions,
+    LoadProgress,
+    ModelFacts,
+    SamplingParams,
+    StateBytes,
+    count_outputs,
+)
 from llmrun.engine.vocabulary import LlamaTokenizer
 from llmrun.errors import EngineError, WillNotFitError
 
@@ -110,7 +117,7 @@ class LlamaBackend:
         self._vocab = C.llama_model_get_vocab(model)
         self.tokenizer = LlamaTokenizer(C, self._vocab)
         self.facts = _read_facts(C, model, self.tokenizer)
-        self._ctx = _create_context(C, model, options)
+        self._ctx = _create_context(C, model, options, self.facts)
         self._memory = C.llama_get_memory(self._ctx)
         if not self._memory:
             C.llama_free(self._ctx)
@@ -121,7 +128,10 @@ class LlamaBackend:
         self.n_ctx: int = C.llama_n_ctx_seq(self._ctx)
         self.n_batch: int = C.llama_n_batch(self._ctx)
         self.n_seq_max: int = C.llama_n_seq_max(self._ctx)
-        self.n_outputs_max: int = max(self.n_seq_max, 1)
+        self.n_threads: int = C.llama_n_threads(self._ctx)
+        self.n_threads_batch: int = C.llama_n_threads_batch(self._ctx)
+        self.n_outputs_max: int = _count_outputs(options, self.facts)
+        self.state_key = _describe_states(C, model, options, self.n_ctx)
         self._decode = C.llama_decode
         self._rows = _BatchRows(C, self.n_batch)
         self._install_abort_flag()
@@ -179,23 +189,33 @@ class LlamaBackend:
         self._check_seq(seq_id)
         return int(self._C.llama_memory_seq_pos_max(self._memory, seq_id))
 
-    def save_state(self, seq_id: int, *, partial: bool) -> bytes:
+    def state_bytes(self, seq_id: int) -> int:
+        self._check_seq(seq_id)
+        size = self._C.llama_state_seq_get_size_ext(self._ctx, seq_id, 0)
+        return _STATE_HEAD.size + int(size)
+
+    def save_state(self, seq_id: int, *, partial: bool) -> StateBytes:
         self._check_seq(seq_id)
         flags = _PARTIAL_ONLY if partial else 0
         size = self._C.llama_state_seq_get_size_ext(self._ctx, seq_id, flags)
-        buffer = (ctypes.c_uint8 * size)()
+        # A state can be as large as the cache: it is written behind its head, and never copied.
+        state = memoryview(bytearray(_STATE_HEAD.size + size))
+        buffer = (ctypes.c_uint8 * size).from_buffer(state, _STATE_HEAD.size)
         n = self._C.llama_state_seq_get_data_ext(self._ctx, buffer, size, seq_id, flags)
-        data = memoryview(buffer)[:n]
-        return _STATE_HEAD.pack(_STATE_MAGIC, zlib.crc32(data), n) + data
+        state = state[: _STATE_HEAD.size + n]
+        crc = zlib.crc32(state[_STATE_HEAD.size :])
+        _STATE_HEAD.pack_into(state, 0, _STATE_MAGIC, crc, n)
+        return state
 
-    def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
+    def load_state(self, seq_id: int, state: StateBytes, *, partial: bool) -> bool:
         self._check_seq(seq_id)
         flags = _PARTIAL_ONLY if partial else 0
         data = memoryview(state)[_STATE_HEAD.size :]
         head = _STATE_HEAD.pack(_STATE_MAGIC, zlib.crc32(data), len(data))
         if state[: _STATE_HEAD.size] != head:
             return False
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        kind = ctypes.c_uint8 * len(data)
+        buffer = kind.from_buffer_copy(data) if data.readonly else kind.from_buffer(data)
         if self._C.llama_state_seq_set_data_ext(self._ctx, buffer, len(data), seq_id, flags):
             return True
         if not partial:
@@ -340,8 +360,8 @@ class _LoadWatch:
         return self.stopped_by is None
 
 
-def _create_context(C: Any, model: Any, options: EngineOptions) -> Any:
-    params = fill_context_params(C, options)
+def _create_context(C: Any, model: Any, options: EngineOptions, facts: ModelFacts) -> Any:
+    params = fill_context_params(C, options, n_outputs_max=_count_outputs(options, facts))
     _log_sink.recent.clear()
     ctx = C.llama_init_from_model(model, params)
     if not ctx:
@@ -354,6 +374,50 @@ def _create_context(C: Any, model: Any, options: EngineOptions) -> Any:
             )
         raise EngineError("llama.cpp cannot create this context", why=why)
     return ctx
+
+
+def _count_outputs(options: EngineOptions, facts: ModelFacts) -> int:
+    return count_outputs(
+        n_seq_max=options.n_seq_max,
+        n_ubatch=options.n_ubatch,
+        speculative=options.speculative,
+        has_state=facts.is_recurrent or facts.is_hybrid,
+        n_draft_max=options.n_draft_max,
+    )
+
+
+def _describe_states(C: Any, model: Any, options: EngineOptions, n_ctx: int) -> str:
+    """See `Backend.state_key`. The library itself refuses most that does not match, but not all."""
+    # The format is tied to the library's very build. A package that was built here anew has the
+    # same version, but not the same file.
+    library = Path(C._lib._name).stat()
+    build = f"{_binding_version()}/{C.LLAMA_STATE_SEQ_VERSION}/{library.st_size}"
+    cache = f"{options.type_k}/{options.type_v}/{options.flash_attn}"
+    # Of two sets of rotation factors llama.cpp takes the one for long contexts beyond this.
+    n_original = _read_meta(C, model, "{}.rope.scaling.original_context_length")
+    is_long = n_original.isdecimal() and n_ctx > int(n_original)
+    return f"{build} {cache} {'long' if is_long else 'short'}"
+
+
+def _binding_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        return "?"
+
+
+def _read_meta(C: Any, model: Any, key: str) -> str:
+    """A value of the model's header as text, empty when it is not there; `{}` in `key` stands for
+    the architecture."""
+    buffer = ctypes.create_string_buffer(256)
+
+    def read(name: str) -> str:
+        n = C.llama_model_meta_val_str(model, name.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if n >= 0 else ""
+
+    return read(key.format(read("general.architecture")))
 
 
 def _read_facts(C: Any, model: Any, tokenizer: LlamaTokenizer) -> ModelFacts:

@@ -1,8 +1,7 @@
 """The engine: one thread that owns the context, requests in, events out.
 
-A step takes the waiting requests into free cache slots, decodes one batch, samples a token for
-each sequence that got logits, and hands out finished text. Everything a caller touches (`submit`,
-`Stream`) only passes values through queues.
+Everything a caller touches (`submit`, `Stream`) only passes values through queues; what the thread
+does with them is in `core`.
 """
 
 from __future__ import annotations
@@ -14,23 +13,28 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from llmrun.engine.backend import Backend, Chunk, DecodeResult, Sampler
-from llmrun.engine.prefix_cache import Placement, PrefixCache, Slot
-from llmrun.engine.scheduler import choose_batch
-from llmrun.engine.sequence import Phase, Sequence
+from llmrun.engine.answers import Answers
+from llmrun.engine.backend import Backend
+from llmrun.engine.core import Core
+from llmrun.engine.drafter import DraftModel
+from llmrun.engine.drafting import Drafter
+from llmrun.engine.governor import Governor
+from llmrun.engine.pace import Pace
+from llmrun.engine.sequence import Sequence
+from llmrun.engine.speculate import StepCosts
 from llmrun.engine.stream import Stream
 from llmrun.engine.types import (
+    CHECKPOINT_BYTES,
     EngineOptions,
-    FinishEvent,
-    FinishReason,
     LoadProgress,
     ModelFacts,
-    PromptEvent,
     Request,
-    TextEvent,
+    SavedPrefix,
+    Speculative,
     Tokenizer,
 )
 from llmrun.errors import ContextOverflowError, EngineError, LlmrunError, UsageError
@@ -38,12 +42,21 @@ from llmrun.errors import ContextOverflowError, EngineError, LlmrunError, UsageE
 if TYPE_CHECKING:
     from llmrun.gguf.types import ModelInfo
 
+T = TypeVar("T")
 
-# Text is handed out at most this often: to wake the reader costs more than all else around a
-# token, and nobody sees more than thirty updates a second.
-_MIN_EVENT_S = 1 / 30
 
-_UNSEEN = b"unseen"  # no piece: compared by identity, so not one byte (Python shares those)
+class _Task:
+    """Something to be done in the engine's thread, between two steps."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action = action
+        self.result: Future[object] = Future()
+
+    def run(self) -> None:
+        try:
+            self.result.set_result(self._action())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+            self.result.set_exception(error)
 
 
 class Engine:
@@ -54,26 +67,50 @@ class Engine:
         backend: Backend,
         *,
         load_s: float = 0.0,
+        steady_threads: bool = False,
+        speculative: Speculative = "off",
+        draft_backend: Backend | None = None,
+        checkpoint_bytes: int = CHECKPOINT_BYTES,
+        checks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Takes ownership of `backend`. `clock` gives seconds, for the timings."""
+        """Takes ownership of the backends. `clock` gives seconds, for the timings.
+
+        `steady_threads`, `speculative`, `checkpoint_bytes`: see `EngineOptions`; "draft" needs
+        `draft_backend`, with the cache and the sequences of `backend`. Raises UsageError, and
+        closes neither, when the one cannot guess for the other. `checks`: whenever nothing runs,
+        compare what is believed to be in the cache with what is (for tests).
+        """
         self._backend = backend
         self._clock = clock
         self.load_s = load_s
-        # A recurrent state is the sum of all tokens so far: no part of it can be taken or undone.
-        self._has_state = backend.facts.is_recurrent or backend.facts.is_hybrid
-        self._cache = PrefixCache(
-            backend.n_seq_max,
-            n_swa=backend.facts.n_swa,
-            can_cut=not self._has_state,
-            pos_min=backend.seq_pos_min,
+        self._checks = checks
+        self._answers = Answers(backend, clock)
+        self._inbox: queue.SimpleQueue[Sequence | _Task | None] = queue.SimpleQueue()
+        governor = Governor(backend.n_threads, backend.n_threads_batch) if steady_threads else None
+        costs = StepCosts() if speculative != "off" or backend.n_seq_max > 1 else None
+        drafter = None
+        self._draft_model: DraftModel | None = None
+        if speculative == "draft":
+            if draft_backend is None:
+                raise UsageError("no draft model is named", hint="pass --draft-model NAME")
+            self._draft_model = DraftModel(
+                draft_backend, backend, clock=clock, steady_threads=steady_threads
+            )
+        n_rows_max = min(backend.n_outputs_max, backend.n_batch)
+        # A recurrent state cannot take a wrong guess back.
+        has_state = backend.facts.is_recurrent or backend.facts.is_hybrid
+        if costs and speculative != "off" and not has_state and n_rows_max > 1:
+            drafter = Drafter(costs, n_rows_max=n_rows_max, model=self._draft_model)
+        self._core = Core(
+            backend,
+            self._answers,
+            Pace(backend, clock, governor, costs),
+            drafter,
+            clock=clock,
+            nothing_new=self._inbox.empty,
+            checkpoint_bytes=checkpoint_bytes,
         )
-        self._streams: dict[Sequence, Stream] = {}
-        self._slots: dict[Sequence, Slot] = {}
-        # Bytes of the tokens seen so far, without and with the text of control tokens.
-        self._pieces: tuple[dict[int, bytes | None], dict[int, bytes | None]] = ({}, {})
-        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
-        self._crowded = False
         self._lock = threading.Lock()
         self._closed = False
         self._failure: BaseException | None = None
@@ -95,8 +132,10 @@ class Engine:
         """Load a model from its file, or its shards in order.
 
         Nothing reaches llama.cpp before its header passed our own reader: `info` is the proof;
-        without it the headers are read here. Raises GgufError, EngineError or WillNotFitError.
+        without it the headers are read here. Raises GgufError, EngineError or WillNotFitError, and
+        UsageError for a draft model that does not go with it.
         """
+        from llmrun.engine.draft_file import open_draft_backend
         from llmrun.engine.llama import open_backend
         from llmrun.gguf.info import read_info
 
@@ -108,7 +147,23 @@ class Engine:
                 hint="name the model's own file",
             )
         backend = open_backend(paths[0], options, on_progress=on_progress)
-        return cls(backend, load_s=time.perf_counter() - started)
+        draft = None
+        try:
+            if options.speculative == "draft":
+                draft = open_draft_backend(options, backend, on_progress)
+            return cls(
+                backend,
+                load_s=time.perf_counter() - started,
+                steady_threads=options.steady_threads,
+                speculative=options.speculative,
+                draft_backend=draft,
+                checkpoint_bytes=options.checkpoint_bytes,
+            )
+        except BaseException:
+            if draft is not None:
+                draft.close()
+            backend.close()
+            raise
 
     @property
     def facts(self) -> ModelFacts:
@@ -140,9 +195,33 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed", why=_words(self._failure))
-            self._streams[sequence] = stream
+            self._answers.streams[sequence] = stream
             self._inbox.put(sequence)
         return stream
+
+    @property
+    def state_key(self) -> str:
+        return self._backend.state_key
+
+    def save_prefix(self, tokens: SequenceOf[int], max_bytes: int) -> SavedPrefix | None:
+        """See `engine.types.EngineLike.save_prefix`."""
+        try:
+            return self._do(lambda: self._core.residents.save(tokens, max_bytes))
+        except MemoryError:
+            return None
+
+    def restore_prefix(self, saved: SavedPrefix) -> int:
+        """See `engine.types.EngineLike.restore_prefix`."""
+        return self._do(lambda: self._core.residents.restore(saved))
+
+    def _do(self, action: Callable[[], T]) -> T:
+        """`action` in the engine's thread; its result, or what it raised."""
+        task = _Task(action)
+        with self._lock:
+            if self._closed:
+                raise EngineError("the engine is closed", why=_words(self._failure))
+            self._inbox.put(task)
+        return task.result.result()  # type: ignore[return-value]
 
     def close(self) -> None:
         """Cancel what runs, end the thread, free the model. May be called again."""
@@ -166,296 +245,53 @@ class Engine:
     # ---- everything below runs in the engine's thread
 
     def _run(self) -> None:
-        active: list[Sequence] = []
+        core = self._core
         try:
-            while self._take_requests(active):
-                self._end_cancelled(active)
-                self._admit(active)
-                if len(active) == 1 and active[0].phase is Phase.DECODE:
-                    self._decode_alone(active[0])
-                else:
-                    self._step(active)
-                active[:] = [s for s in active if s.phase is not Phase.FINISHED]
+            while self._take_requests():
+                core.run_once()
         except BaseException as error:  # noqa: BLE001 - the waiting callers get it
             self._failure = error
         finally:
             self._shut_down()
             self._ended.set()
 
-    def _take_requests(self, active: list[Sequence]) -> bool:
+    def _take_requests(self) -> bool:
         """Collect new requests; waits for one when there is nothing to do. False: close."""
+        active = self._core.active
+        if self._checks and not active:
+            self._core.residents.check()
         arrived = [] if active else [self._inbox.get()]
         # Whoever asks for an abort has said why before. So first the flag is taken down, then the
         # reasons are read, and none is missed.
         self._backend.clear_abort()
         while not self._inbox.empty():
             arrived.append(self._inbox.get())
-        active += [sequence for sequence in arrived if sequence is not None]
+        for item in arrived:
+            if isinstance(item, Sequence):
+                active.append(item)
+            elif item is not None:
+                item.run()
         if None not in arrived:
             return True
         for sequence in active:
-            self._finish(sequence, "cancelled")
+            self._core.finish(sequence, "cancelled")
         return False
-
-    def _end_cancelled(self, active: list[Sequence]) -> None:
-        for sequence in active:
-            if sequence.cancelled:
-                self._finish(sequence, "cancelled")
-
-    def _admit(self, active: list[Sequence]) -> None:
-        """Give slots to waiting requests, first come first served."""
-        if self._crowded and len(self._slots) > 0:
-            return
-        self._crowded = False
-        for sequence in active:
-            if sequence.phase is not Phase.WAITING:
-                continue
-            try:
-                # Before a slot is taken: a grammar that does not parse costs nobody the cache.
-                if sequence.sampler is None:
-                    sequence.sampler = self._new_sampler(sequence)
-            except LlmrunError as error:
-                self._fail(sequence, error)
-                continue
-            placement = self._cache.place(sequence.tokens)
-            if placement is None:
-                return
-            self._place(sequence, placement)
-
-    def _place(self, sequence: Sequence, placement: Placement) -> None:
-        slot = placement.slot
-        self._slots[sequence] = slot
-        sequence.seq_id = slot.seq_id
-        if placement.copy_from is not None:
-            self._backend.seq_rm(slot.seq_id, -1, -1)
-            self._backend.seq_cp(placement.copy_from.seq_id, slot.seq_id, 0, placement.n_keep)
-            sequence.n_past = placement.n_keep
-        elif self._backend.seq_rm(slot.seq_id, placement.n_keep or -1, -1):
-            sequence.n_past = placement.n_keep
-        else:
-            self._start_over(sequence)
-        if sequence.started_s is None:
-            sequence.started_s = self._clock()
-            sequence.n_cached = sequence.n_past
-        slot.tokens = sequence.tokens[: sequence.n_past]
-        sequence.phase = Phase.PREFILL
-
-    def _start_over(self, sequence: Sequence) -> None:
-        self._backend.seq_rm(sequence.seq_id, -1, -1)
-        sequence.n_past = sequence.n_cached = 0
-        sequence.phase = Phase.PREFILL
-
-    def _new_sampler(self, sequence: Sequence) -> Sampler:
-        params = sequence.request.sampling
-        sampler = self._backend.new_sampler(params, sequence.seed)
-        penalised = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)
-        if penalised != (1, 0, 0) or params.dry_multiplier > 0:
-            # As llama.cpp's own programs do: the penalties see the prompt too.
-            for token in sequence.request.prompt:
-                sampler.accept(token)
-        return sampler
-
-    def _step(self, active: list[Sequence]) -> None:
-        backend = self._backend
-        batch = choose_batch(active, n_batch=backend.n_batch, n_outputs_max=backend.n_outputs_max)
-        if not batch:
-            return
-        result = backend.decode([chunk for _, chunk in batch])
-        if result is DecodeResult.DONE:
-            row = -1
-            for sequence, chunk in batch:
-                n_tokens = len(chunk.tokens)
-                row += n_tokens
-                sequence.n_past += n_tokens
-                if chunk.n_outputs:
-                    self._take_token(sequence, row)
-                else:
-                    self._report_prompt(sequence)
-        elif result is DecodeResult.ABORTED:
-            for sequence, chunk in batch:
-                self._trim_after_abort(sequence, chunk)
-        else:
-            self._make_room(active)
-
-    def _take_token(self, sequence: Sequence, row: int) -> None:
-        if sequence.phase is Phase.PREFILL:
-            sequence.phase = Phase.DECODE
-            self._slots[sequence].tokens = sequence.tokens[:]
-            if sequence.request.max_tokens == 0:
-                sequence.first_token_s = sequence.last_token_s = self._clock()
-                self._finish(sequence, "length")
-                return
-        try:
-            self._sample(sequence, row)
-        except LlmrunError as error:
-            self._fail(sequence, error)
-
-    def _decode_alone(self, sequence: Sequence) -> None:
-        """The steps of a single answer, until something else comes up.
-
-        The same as `_step` where there is nothing to choose. It exists because after a decode the
-        processor's caches hold weights, not this program: every line here costs ten times what it
-        does in a benchmark of Python.
-        """
-        decode_one, sample = self._backend.decode_one, self._sample
-        nothing_new = self._inbox.empty
-        decoding, done = Phase.DECODE, DecodeResult.DONE
-        seq_id, tokens = sequence.seq_id, sequence.tokens
-        while sequence.phase is decoding and not sequence.cancelled and nothing_new():
-            n_past = sequence.n_past
-            result = decode_one(seq_id, tokens[n_past], n_past)
-            if result is done:
-                sequence.n_past = n_past + 1
-                try:
-                    sample(sequence, 0)
-                except LlmrunError as error:
-                    self._fail(sequence, error)
-            elif result is DecodeResult.ABORTED:
-                self._trim_after_abort(sequence, Chunk(seq_id, tokens[n_past:], n_past, 1))
-                return
-            else:
-                self._make_room([sequence])
-                return
-
-    def _sample(self, sequence: Sequence, row: int) -> None:
-        assert sequence.sampler is not None
-        token = sequence.sampler.sample(row)
-        now = self._clock()
-        if not sequence.first_token_s:
-            sequence.first_token_s = now
-        request = sequence.request
-        piece = self._pieces[request.show_special].get(token, _UNSEEN)
-        if piece is _UNSEEN:
-            piece = self._learn_piece(token, request.show_special)
-        if piece is None:
-            if not request.ignore_eog:
-                self._finish(sequence, "stop")
-                return
-            piece = b""
-        sequence.last_token_s = now
-        tokens = sequence.tokens
-        tokens.append(token)
-        sequence.pending_tokens.append(token)
-        text = sequence.text.feed(piece)
-        if request.stop:
-            text, stop = sequence.stops.feed(text)
-            if stop is not None:
-                sequence.pending_text += text
-                sequence.stop = stop
-                self._finish(sequence, "stop")
-                return
-        sequence.pending_text += text
-        if now - sequence.emitted_s >= _MIN_EVENT_S and sequence.pending_text:
-            sequence.emitted_s = now
-            self._emit_text(sequence)
-        if len(tokens) >= sequence.n_tokens_max:
-            self._finish(sequence, "length")
-
-    def _learn_piece(self, token: int, show_special: bool) -> bytes | None:
-        """The token's bytes as such requests see them; None for an end token."""
-        tokenizer = self._backend.tokenizer
-        piece: bytes | None
-        if tokenizer.is_eog(token):
-            piece = None
-        elif not show_special and tokenizer.is_control(token):
-            piece = b""
-        else:
-            piece = tokenizer.piece(token)
-        self._pieces[show_special][token] = piece
-        return piece
-
-    def _emit_text(self, sequence: Sequence) -> None:
-        event = TextEvent(sequence.pending_text, tuple(sequence.pending_tokens))
-        sequence.pending_text = ""
-        sequence.pending_tokens.clear()
-        self._streams[sequence].put(event)
-
-    def _report_prompt(self, sequence: Sequence) -> None:
-        if sequence.n_past <= sequence.n_prompt and sequence.n_completion == 0:
-            self._streams[sequence].put(PromptEvent(sequence.n_past, sequence.n_prompt))
-
-    def _trim_after_abort(self, sequence: Sequence, chunk: Chunk) -> None:
-        """Keep what the cache really holds, but never the last token: its logits are not there."""
-        if self._has_state:
-            # The state may have been changed in part, and cannot go back.
-            self._start_over(sequence)
-            return
-        held = self._backend.seq_pos_max(sequence.seq_id) + 1
-        n_past = max(chunk.pos, min(held, len(sequence.tokens) - 1))
-        self._backend.seq_rm(sequence.seq_id, n_past, -1)
-        sequence.n_past = n_past
-
-    def _make_room(self, active: list[Sequence]) -> None:
-        """The cache is full: give up idle slots, then the newest prompt, then the newest answer.
-
-        A request that loses its slot keeps its answer so far and its sampler; it goes on once
-        another has finished. Waiting that long is what lets the others come to an end.
-        """
-        slot = self._cache.evict_idle()
-        if slot is not None:
-            self._backend.seq_rm(slot.seq_id, -1, -1)
-            return
-        running = [s for s in active if s.phase in (Phase.PREFILL, Phase.DECODE)]
-        if len(running) == 1:
-            self._finish(running[0], "length")
-            return
-        reading = [s for s in running if s.phase is Phase.PREFILL]
-        sequence = (reading or running)[-1]
-        self._release(sequence)
-        sequence.phase = Phase.WAITING
-        self._crowded = True
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.stop is None:
-            text, sequence.stop = sequence.stops.feed(sequence.text.flush())
-            sequence.pending_text += text + sequence.stops.flush()
-        if sequence.pending_text or sequence.pending_tokens:
-            self._emit_text(sequence)
-        sequence.phase = Phase.FINISHED
-        sequence.finish = reason
-        self._release(sequence)
-        self._drop_sampler(sequence)
-        finish = FinishEvent(
-            reason,
-            sequence.usage(),
-            sequence.timings(self._clock()),
-            sequence.seed,
-            sequence.stop,
-        )
-        self._streams.pop(sequence).put(finish)
-
-    def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        """End one request with an error; the others go on."""
-        sequence.phase = Phase.FINISHED
-        self._release(sequence)
-        self._drop_sampler(sequence)
-        self._streams.pop(sequence).put(error)
-
-    def _release(self, sequence: Sequence) -> None:
-        slot = self._slots.pop(sequence, None)
-        if slot is None:
-            return
-        self._crowded = False
-        self._cache.release(slot, sequence.tokens[: sequence.n_past])
-
-    def _drop_sampler(self, sequence: Sequence) -> None:
-        if sequence.sampler is not None:
-            sequence.sampler.close()
-            sequence.sampler = None
 
     def _shut_down(self) -> None:
         with self._lock:
             self._closed = True
-            streams = list(self._streams.items())
-            self._streams.clear()
-        for sequence, stream in streams:
-            self._drop_sampler(sequence)
-            failure = self._failure or EngineError("the engine was closed")
-            stream.put(
-                failure
-                if isinstance(failure, LlmrunError)
-                else EngineError("the engine stopped", why=_words(failure))
-            )
+            waiting = list(self._answers.streams)
+            left = [self._inbox.get() for _ in range(self._inbox.qsize())]
+        failure = self._failure or EngineError("the engine was closed")
+        if not isinstance(failure, LlmrunError):
+            failure = EngineError("the engine stopped", why=_words(failure))
+        for item in left:
+            if isinstance(item, _Task):
+                item.result.set_exception(failure)
+        for sequence in waiting:
+            self._answers.fail(sequence, failure)
+        if self._draft_model is not None:
+            self._draft_model.close()
         self._backend.close()
 
 

@@ -1,7 +1,9 @@
 """Which cached tokens a new request can start from. Pure: it decides, the engine's loop acts.
 
-A slot is one sequence id of the cache with the tokens it holds. A finished request leaves its
-tokens in its slot; the next one that starts alike takes the slot over and computes only the rest.
+A slot is one sequence id of the cache. A finished request leaves its tokens in its slot; the next
+one that starts alike takes the slot over and computes only the rest, or shares the cells with a
+slot that is in use. Where a model forgets (sliding windows, recurrent states), a checkpoint of the
+forgotten part, taken where a prompt ended, takes the sequence back to there.
 """
 
 from __future__ import annotations
@@ -9,40 +11,43 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from llmrun.engine.radix import RadixTree
+from llmrun.engine.types import CHECKPOINT_BYTES, StateBytes
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """What `seq_rm` cannot bring back, as it was after the first `n_tokens` of a sequence."""
+
+    n_tokens: int
+    state: StateBytes
+
+
+@dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence id. `tokens` are in the cache; `used_at` counts requests, not seconds."""
+    """One sequence id; its tokens are in the cache's tree. `used_at` counts requests, not seconds.
+
+    `checkpoints` are of its tokens, in their order.
+    """
 
     seq_id: int
-    tokens: list[int] = field(default_factory=list)
     busy: bool = False
     used_at: int = 0
+    checkpoints: list[Checkpoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Put the request into `slot`; its first `n_keep` tokens are there, what follows must go.
 
-    `copy_from` names another slot whose first `n_keep` cells are to be shared first.
+    `copy_from` names another slot whose first `n_keep` cells are to be shared first. `restore` is
+    to be put back once what follows is gone.
     """
 
     slot: Slot
     n_keep: int
     copy_from: Slot | None = None
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens are equal. Compares slices first: equal ones are the common case."""
-    n = min(len(a), len(b))
-    low = 0
-    step = 256
-    while low < n and a[low : low + step] == b[low : low + step]:
-        low += step
-    low = min(low, n)
-    while low < n and a[low] == b[low]:
-        low += 1
-    return low
+    restore: Checkpoint | None = None
 
 
 def window_allows(n_keep: int, n_held: int, pos_min: int, n_swa: int) -> bool:
@@ -64,77 +69,166 @@ class PrefixCache:
         n_swa: int,
         can_cut: bool,
         pos_min: Callable[[int], int],
+        checkpoint_bytes: int = CHECKPOINT_BYTES,
     ) -> None:
         """`can_cut` False: a sequence is used whole or not at all (recurrent state).
 
         `pos_min(seq_id)` reads the first position a sequence still has in every layer.
+        `checkpoint_bytes`: what all checkpoints together may take of the memory.
         """
         self.slots = [Slot(seq_id) for seq_id in range(n_slots)]
+        self.tree = RadixTree()
         self._n_swa = n_swa
         self._can_cut = can_cut
         self._pos_min = pos_min
         self._clock = 0
+        self._checkpoint_bytes = checkpoint_bytes
+        self._checkpoints: list[tuple[Slot, Checkpoint]] = []  # the oldest first
 
-    def place(self, prompt: Sequence[int]) -> Placement | None:
-        """A free slot for `prompt`, or None when all are busy.
+    def n_usable(self, prompt: Sequence[int]) -> int:
+        """Tokens of `prompt` that need not be computed if it were placed now."""
+        common = self.tree.match(prompt)
+        return max(self._usable(slot, common, len(prompt) - 1)[0] for slot in self.slots)
+
+    def n_busy_cells(self) -> int:
+        """Cells that running requests hold; all others can be had."""
+        return self.tree.n_cells(lambda seq_id: self.slots[seq_id].busy)
+
+    def place(self, prompt: Sequence[int], n_room: int | None = None) -> Placement | None:
+        """A free slot for `prompt`, or None when all are busy or it needs more than `n_room` cells
+        that no running request holds.
 
         At least the prompt's last token is always computed: its logits choose the next one. The
         longest usable prefix wins; without any, an empty slot, then the one unused for longest.
         """
-        free = [slot for slot in self.slots if not slot.busy]
-        if not free:
+        placement = self._choose(prompt)
+        if placement is None:
             return None
-        most = len(prompt) - 1
-        keep = {slot.seq_id: self._usable(slot, prompt, most) for slot in self.slots}
+        slot, n_keep, source = placement.slot, placement.n_keep, placement.copy_from
+        n_shared = n_keep if source is not None and source.busy else 0
+        if n_room is not None and len(prompt) - n_shared > n_room:
+            return None
+        if source is not None:
+            self.cut(slot, 0)
+            self.tree.share(source.seq_id, slot.seq_id, n_keep)
+            for checkpoint in source.checkpoints:
+                if checkpoint.n_tokens <= n_keep:
+                    self.keep(slot, checkpoint)
+        else:
+            self.cut(slot, n_keep)
+        self._clock += 1
+        slot.busy = True
+        slot.used_at = self._clock
+        return placement
 
-        def order(slot: Slot) -> tuple[int, bool, int]:
-            return keep[slot.seq_id], not slot.busy, -slot.used_at
+    def grow(self, slot: Slot, tokens: Sequence[int], n_past: int) -> None:
+        """The first `n_past` of `tokens` are in the cache under the slot's id."""
+        self.tree.extend(slot.seq_id, tokens[self.tree.length(slot.seq_id) : n_past])
 
-        best, own = max(self.slots, key=order), max(free, key=order)
-        n_best, n_own = keep[best.seq_id], keep[own.seq_id]
+    def cut(self, slot: Slot, n_keep: int) -> None:
+        """What the slot holds beyond `n_keep` tokens is gone."""
+        self.tree.cut(slot.seq_id, n_keep)
+        if slot.checkpoints and slot.checkpoints[-1].n_tokens > n_keep:
+            slot.checkpoints = [c for c in slot.checkpoints if c.n_tokens <= n_keep]
+            self._checkpoints = [(s, c) for s, c in self._checkpoints if c in s.checkpoints]
 
-        def emptiest(slot: Slot) -> tuple[bool, int]:
-            return bool(slot.tokens), slot.used_at
-
-        spare = min((slot for slot in free if slot is not best), key=emptiest, default=None)
-        if spare is not None:
-            # Another conversation that only starts alike (one system prompt for all) stays whole
-            # as long as there is an empty slot for this one.
-            is_other = 0 < n_own < len(own.tokens) // 2 and not spare.tokens
-            if n_best > n_own or is_other:
-                return self._claim(Placement(spare, n_best, copy_from=best))
-        if n_own == 0:
-            own = min(free, key=emptiest)
-        return self._claim(Placement(own, n_own))
-
-    def release(self, slot: Slot, tokens: Sequence[int]) -> None:
-        """The slot's request is over and `tokens` are in the cache under its id."""
-        slot.tokens = list(tokens)
+    def release(self, slot: Slot) -> None:
+        """The slot's request is over; its tokens stay."""
         slot.busy = False
 
-    def evict_idle(self) -> Slot | None:
-        """Give up the idle slot unused for longest; the caller clears its cells."""
-        idle = [slot for slot in self.slots if not slot.busy and slot.tokens]
+    def most_alike(self, tokens: Sequence[int]) -> tuple[Slot, int] | None:
+        """The slot that has the longest common prefix with `tokens`, and its length."""
+        common = self.tree.match(tokens)
+        if not common:
+            return None
+        seq_id = max(common, key=lambda held_by: common[held_by])
+        return self.slots[seq_id], common[seq_id]
+
+    def find_idle(self) -> Slot | None:
+        """An idle slot, an empty one or else the one unused for longest; None when all are busy."""
+        idle = [slot for slot in self.slots if not slot.busy]
+        return min(idle, key=self._emptiest, default=None)
+
+    def put(self, slot: Slot, tokens: Sequence[int]) -> None:
+        """An idle slot, which was empty, holds `tokens` now."""
+        self._clock += 1
+        slot.used_at = self._clock
+        self.tree.extend(slot.seq_id, tokens)
+
+    def evict_idle(self, spare: Slot | None = None) -> Slot | None:
+        """Give up the idle slot unused for longest, but not `spare`. The caller clears its
+        cells."""
+        idle = [
+            slot
+            for slot in self.slots
+            if not slot.busy and slot is not spare and self.tree.length(slot.seq_id)
+        ]
         if not idle:
             return None
         slot = min(idle, key=lambda candidate: candidate.used_at)
-        slot.tokens = []
+        self.cut(slot, 0)
         return slot
 
-    def _claim(self, placement: Placement) -> Placement:
-        self._clock += 1
-        placement.slot.busy = True
-        placement.slot.used_at = self._clock
-        return placement
+    def keep(self, slot: Slot, checkpoint: Checkpoint) -> None:
+        """Remember a checkpoint of the slot's first tokens, beyond those it has; old ones make
+        room. Slots that share cells share checkpoints."""
+        slot.checkpoints.append(checkpoint)
+        self._checkpoints.append((slot, checkpoint))
+        while self._n_checkpoint_bytes() > self._checkpoint_bytes:
+            owner, oldest = self._checkpoints.pop(0)
+            owner.checkpoints.remove(oldest)
 
-    def _usable(self, slot: Slot, prompt: Sequence[int], most: int) -> int:
-        n_held = len(slot.tokens)
-        n_keep = min(common_prefix(slot.tokens, prompt), most)
-        if n_keep <= 0 or (not self._can_cut and (slot.busy or n_keep < n_held)):
-            return 0
-        if slot.busy:
-            # It has more tokens than these by now, and its window may have moved on.
-            n_held = -1
-        return (
-            n_keep if window_allows(n_keep, n_held, self._pos_min(slot.seq_id), self._n_swa) else 0
-        )
+    def _n_checkpoint_bytes(self) -> int:
+        return sum({id(kept): len(kept.state) for _, kept in self._checkpoints}.values())
+
+    def _emptiest(self, slot: Slot) -> tuple[bool, int]:
+        return self.tree.length(slot.seq_id) > 0, slot.used_at
+
+    def _choose(self, prompt: Sequence[int]) -> Placement | None:
+        free = [slot for slot in self.slots if not slot.busy]
+        if not free:
+            return None
+        common = self.tree.match(prompt)
+        usable = {slot.seq_id: self._usable(slot, common, len(prompt) - 1) for slot in self.slots}
+
+        def n_own(slot: Slot) -> int:
+            return usable[slot.seq_id][0]
+
+        def n_shared(slot: Slot) -> int:
+            n_keep, checkpoint = usable[slot.seq_id]
+            return n_keep if checkpoint is None else 0
+
+        def n_held(slot: Slot) -> int:
+            return self.tree.length(slot.seq_id)
+
+        own = max(free, key=lambda slot: (n_own(slot), -slot.used_at))
+        best = max(self.slots, key=lambda slot: (n_shared(slot), not slot.busy, -slot.used_at))
+        spare = min((slot for slot in free if slot is not best), key=self._emptiest, default=None)
+        if spare is not None:
+            # Another conversation that only starts alike (one system prompt for all) stays whole
+            # as long as there is an empty slot for this one.
+            is_other = 0 < n_shared(own) < n_held(own) // 2 and n_held(spare) == 0
+            if n_shared(best) > n_own(own) or (is_other and n_shared(best) >= n_own(own)):
+                return Placement(spare, n_shared(best), copy_from=best)
+        if n_own(own) == 0:
+            return Placement(min(free, key=self._emptiest), 0)
+        return Placement(own, n_own(own), restore=usable[own.seq_id][1])
+
+    def _usable(
+        self, slot: Slot, common: dict[int, int], most: int
+    ) -> tuple[int, Checkpoint | None]:
+        """Tokens that can stay, and the checkpoint that this takes."""
+        n_held = self.tree.length(slot.seq_id)
+        n_keep = min(common.get(slot.seq_id, 0), most)
+        if n_keep <= 0:
+            return 0, None
+        is_allowed = n_keep == n_held
+        if self._can_cut and not is_allowed:
+            is_allowed = window_allows(n_keep, n_held, self._pos_min(slot.seq_id), self._n_swa)
+        if is_allowed:
+            return n_keep, None
+        if not slot.busy:
+            for checkpoint in reversed(slot.checkpoints):
+                if checkpoint.n_tokens <= n_keep:
+                    return checkpoint.n_tokens, checkpoint
+        return 0, None

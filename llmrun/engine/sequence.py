@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llmrun.engine.backend import Sampler
 from llmrun.engine.detokenize import IncrementalText, StopMatcher
+from llmrun.engine.ngram import CopyModel
 from llmrun.engine.types import FinishReason, Request, Timings, Usage
 
 
@@ -25,8 +26,9 @@ class Sequence:
 
     `tokens` are the prompt and everything sampled after it; the first `n_past` of them are in the
     cache. So `tokens[n_past:]` is what must be decoded next: the rest of the prompt, then one
-    token a step. The answer ends at `n_tokens_max` of them. Times are seconds of one
-    monotonic clock.
+    token a step. The answer ends at `n_tokens_max` of them. `draft` are guesses that the next
+    step checks; at `boundaries` (numbers of tokens) a chunk of the prompt must end. Times are
+    seconds of one monotonic clock.
     """
 
     request: Request
@@ -41,6 +43,11 @@ class Sequence:
     phase: Phase = Phase.WAITING
     cancelled: bool = False
     sampler: Sampler | None = None
+    boundaries: set[int] = field(default_factory=set)
+    draft: list[int] = field(default_factory=list)
+    copying: CopyModel | None = None
+    n_drafted: int = 0
+    n_accepted: int = 0
     text: IncrementalText = field(default_factory=IncrementalText)
     stops: StopMatcher = field(init=False)
     pending_text: str = ""
@@ -49,6 +56,7 @@ class Sequence:
     started_s: float | None = None
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    token_times: list[float] | None = None
     finish: FinishReason | None = None
     stop: str | None = None
 
@@ -59,6 +67,8 @@ class Sequence:
         if self.request.max_tokens is not None:
             self.n_tokens_max = min(self.n_tokens_max, self.n_prompt + self.request.max_tokens)
         self.stops = StopMatcher(self.request.stop)
+        if self.request.with_times:
+            self.token_times = []
 
     @property
     def n_prompt(self) -> int:
@@ -74,7 +84,9 @@ class Sequence:
         return len(self.tokens) - self.n_past
 
     def usage(self) -> Usage:
-        return Usage(self.n_prompt, self.n_completion, self.n_cached)
+        return Usage(
+            self.n_prompt, self.n_completion, self.n_cached, self.n_drafted, self.n_accepted
+        )
 
     def timings(self, now_s: float) -> Timings:
         n_read = self.n_prompt - self.n_cached

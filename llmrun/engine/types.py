@@ -5,8 +5,9 @@ Tokens are ints of the model's vocabulary; a position counts from 0; times are s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -14,6 +15,35 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 KvType = Literal["f16", "q8_0", "q4_0", "bf16", "f32"]
 FlashAttn = Literal["auto", "on", "off"]
+Speculative = Literal["auto", "off", "ngram", "draft"]
+"""`ngram`: guess what repeats earlier text. `draft`: a second, small model guesses. `auto`: what
+needs no second model, so `ngram`. A guess is only made and checked where the measured costs say
+that it pays."""
+
+N_DRAFT_MAX = 31
+"""Guesses in one step, of all sequences together. With the row that is there without them they are
+the 32 rows up to which small batches are cheap."""
+
+StateBytes = bytes | bytearray | memoryview
+
+
+CHECKPOINT_BYTES = 256 << 20
+
+
+def count_outputs(
+    *,
+    n_seq_max: int,
+    n_ubatch: int,
+    speculative: Speculative,
+    has_state: bool,
+    n_draft_max: int = N_DRAFT_MAX,
+) -> int:
+    """Rows of logits that one step can need: one for each sequence, and one for each guess.
+
+    `has_state`: the model keeps a recurrent state, which cannot take a wrong guess back.
+    """
+    n_drafts = 0 if speculative == "off" or has_state else max(0, n_draft_max)
+    return min(n_seq_max + n_drafts, n_ubatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +55,15 @@ class EngineOptions:
     n_gpu_layers: -1 is all. use_mmap: leave the weights in the page cache (llama.cpp may still read
     them where the device needs that). use_repack: let the CPU copy weights into its own layout.
     n_cpu_moe: the experts of the first so many layers stay in RAM, whatever n_gpu_layers says.
+    steady_threads: fewer threads while other programs are busy, up to the numbers given here again
+    when they are not. With FlashAttention a step's rounding depends on the number of threads, so
+    that a greedy answer may then take another of two tokens that are as probable.
+    n_draft_max: most guessed tokens in one step, of all sequences together. Each costs room for a
+    row of logits; models with a recurrent state get none.
     tensor_split: each GPU's share of the layers, in the engine's order; empty: by free memory.
+    draft_model: the files, in order, of the model that guesses when `speculative` is "draft";
+    draft_gpu_layers are its own.
+    checkpoint_bytes: most memory for states to which models that forget can go back.
     """
 
     n_ctx: int = 4096
@@ -42,6 +80,12 @@ class EngineOptions:
     check_tensors: bool = False
     n_cpu_moe: int = 0
     tensor_split: tuple[float, ...] = ()
+    steady_threads: bool = True
+    speculative: Speculative = "auto"
+    n_draft_max: int = N_DRAFT_MAX
+    draft_model: tuple[Path, ...] = ()
+    draft_gpu_layers: int = -1
+    checkpoint_bytes: int = CHECKPOINT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +125,9 @@ class Request:
     `prompt` is the whole token sequence, also when its start is in the cache already: the engine
     finds and reuses the longest valid prefix by itself. `max_tokens` None: until an end token or
     the end of the context. `show_special`: control tokens appear in the text (for parsers that need
-    them); end tokens never do. Text from a stop string on is not emitted.
+    them); end tokens never do. Text from a stop string on is not emitted. `come_back_to`: numbers
+    of prompt tokens to which later prompts may go back; a model that forgets keeps its state there.
+    `with_times`: the FinishEvent tells when each token came.
     """
 
     prompt: tuple[int, ...]
@@ -90,15 +136,39 @@ class Request:
     stop: tuple[str, ...] = ()
     show_special: bool = False
     ignore_eog: bool = False
+    come_back_to: tuple[int, ...] = ()
+    with_times: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPrefix:
+    """What the cache held of one sequence, to be put back later or in another process.
+
+    `state` belongs to all of `tokens`. What a model forgets (windows, recurrent states) it holds
+    from position `pos_min` on; `checkpoints` hold it as it was after so many tokens.
+    """
+
+    tokens: tuple[int, ...]
+    state: StateBytes
+    pos_min: int = 0
+    checkpoints: tuple[tuple[int, StateBytes], ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        states = (self.state, *(state for _, state in self.checkpoints))
+        return sum(len(state) for state in states)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`n_cached` of the `n_prompt` tokens were not computed again."""
+    """`n_cached` of the `n_prompt` tokens were not computed again. Of `n_drafted` guessed tokens
+    that were checked, `n_accepted` became part of the answer."""
 
     n_prompt: int
     n_completion: int
     n_cached: int
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +199,15 @@ class PromptEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The last event of a stream. `seed` is the one that was used."""
+    """The last event of a stream. `seed` is the one that was used. `token_times` are seconds from
+    submit to each sampled token, for requests `with_times`."""
 
     reason: FinishReason
     usage: Usage
     timings: Timings
     seed: int
     stop: str | None = None
+    token_times: tuple[float, ...] = ()
 
 
 Event = TextEvent | PromptEvent | FinishEvent
@@ -224,6 +296,20 @@ class EngineLike(Protocol):
     def submit(self, request: Request) -> StreamLike:
         """Start a generation. Raises ContextOverflowError when the prompt has more than n_ctx
         tokens, UsageError when it is empty."""
+
+    @property
+    def state_key(self) -> str:
+        """Names what a saved state depends on beside the model's file: an engine with another key
+        must not be given it."""
+
+    def save_prefix(self, tokens: Sequence[int], max_bytes: int) -> SavedPrefix | None:
+        """What the cache holds that starts most like `tokens`. None when that is nothing, or more
+        than `max_bytes`. Waits for the step that runs. Raises EngineError on a closed engine."""
+
+    def restore_prefix(self, saved: SavedPrefix) -> int:
+        """Put a prefix into the cache for the requests to come; how many of its tokens are there
+        then. 0: it does not fit or does not belong here, and nothing has changed but that idle
+        prefixes may be gone. Raises like `save_prefix`."""
 
     def close(self) -> None: ...
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmrun.engine.types import Speculative, count_outputs
 from llmrun.errors import UsageError
-from llmrun.fit.formula import allows_kv_type, estimate, needs_one_kv_type
+from llmrun.fit.formula import (
+    allows_kv_type,
+    estimate,
+    has_recurrent_state,
+    needs_one_kv_type,
+)
 from llmrun.fit.types import KV_BLOCKS, FlashAttn, GpuLayers, KvType, Setup
 from llmrun.gguf.types import ModelInfo
 
@@ -31,7 +37,7 @@ class Wishes:
     that of the prompt and the longest answer of a one-off run. `n_gpu_layers` -1 is "all".
     `n_cpu_moe`: the experts of so many layers stay in RAM. `tensor_split`: the GPUs' shares of the
     layers, in the engine's order; empty is automatic. `companions_bytes`: memory that a projector
-    or drafter takes beside the model.
+    or drafter takes beside the model. `speculative`: guessed tokens take room for their logits.
 
     The last three bound what is chosen automatically (see `gate.shrink`) and never touch what was
     asked for.
@@ -49,6 +55,7 @@ class Wishes:
     n_cpu_moe: int | Literal["auto", "all"] = "auto"
     tensor_split: tuple[float, ...] = ()
     companions_bytes: int = 0
+    speculative: Speculative = "auto"
     n_ctx_max: int | None = None
     n_gpu_layers_max: int | None = None
     n_cpu_moe_min: int = 0
@@ -154,7 +161,17 @@ def _fill_types(info: ModelInfo, wishes: Wishes, default: KvType) -> tuple[KvTyp
     return (default if type_k == "auto" else type_k, default if type_v == "auto" else type_v)
 
 
-def setup_of(candidate: Candidate, wishes: Wishes, n_ubatch: int) -> Setup:
+def n_outputs_of(info: ModelInfo, wishes: Wishes, n_ubatch: int) -> int:
+    """Rows of logits in a step; by the engine's own rule."""
+    return count_outputs(
+        n_seq_max=wishes.n_seq,
+        n_ubatch=n_ubatch,
+        speculative=wishes.speculative,
+        has_state=has_recurrent_state(info),
+    )
+
+
+def setup_of(info: ModelInfo, candidate: Candidate, wishes: Wishes, n_ubatch: int) -> Setup:
     """The settings of a candidate on the CPU, where no weight is kept twice for a GPU."""
     return Setup(
         candidate.n_ctx,
@@ -163,7 +180,7 @@ def setup_of(candidate: Candidate, wishes: Wishes, n_ubatch: int) -> Setup:
         wishes.flash_attn,
         n_seq_max=wishes.n_seq,
         n_ubatch=n_ubatch,
-        n_outputs_max=wishes.n_seq,
+        n_outputs_max=n_outputs_of(info, wishes, n_ubatch),
         n_gpu_layers=0,
     )
 
@@ -211,7 +228,7 @@ def _list_contexts(
 def _is_cheap(
     info: ModelInfo, n_ctx: int, wishes: Wishes, types: tuple[KvType, KvType], n_ubatch: int
 ) -> bool:
-    need = estimate(info, setup_of(Candidate(n_ctx, *types, ""), wishes, n_ubatch))
+    need = estimate(info, setup_of(info, Candidate(n_ctx, *types, ""), wishes, n_ubatch))
     return need.source == "formula" and need.kv_bytes * _CHEAP_SHARE <= need.weights_bytes
 
 

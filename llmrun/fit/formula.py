@@ -46,6 +46,13 @@ def allows_kv_type(info: ModelInfo, kv_type: KvType) -> bool:
     return all(size % KV_BLOCKS[kv_type][0] == 0 for size in layout.head_sizes)
 
 
+def has_recurrent_state(info: ModelInfo) -> bool:
+    """Whether a part of the model is a state that cannot go back. False where the build is not
+    known, which counts no less memory."""
+    layout = read_layout(info)
+    return layout is not None and any(layer.state_values for layer in layout.layers)
+
+
 def needs_one_kv_type(info: ModelInfo) -> bool:
     """Whether llama.cpp refuses keys and values of different types: where both are one latent."""
     layout = read_layout(info)

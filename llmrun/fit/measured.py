@@ -12,6 +12,7 @@ from llmrun.fit.candidates import Candidate, Wishes, setup_of
 from llmrun.fit.placement import Placement, Share
 from llmrun.fit.pools import HOST, list_engine_gpus
 from llmrun.fit.types import Allocator, BufferUse, Estimate, Measurement, Setup
+from llmrun.gguf.types import ModelInfo
 from llmrun.hardware.machine import Machine
 
 _CPU = "CPU"
@@ -21,6 +22,7 @@ def measure_needs(
     formula: Mapping[Candidate, Estimate],
     allocator: Allocator,
     machine: Machine,
+    info: ModelInfo,
     wishes: Wishes,
     n_ubatch: int,
 ) -> tuple[Mapping[Candidate, Estimate], tuple[str, ...]]:
@@ -32,7 +34,9 @@ def measure_needs(
         "n_gpu_layers": -1 if n_gpus else 0,
         "tensor_split": (1.0,) * n_gpus if n_gpus > 1 else (),
     }
-    setups = [replace(setup_of(candidate, wishes, n_ubatch), **placed) for candidate in formula]
+    setups = [
+        replace(setup_of(info, candidate, wishes, n_ubatch), **placed) for candidate in formula
+    ]
     answers = allocator.measure(setups)
     has_devices = _has_devices_of(allocator, machine)
     scratch = min if has_devices else max

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llmrun.engine.types import CHECKPOINT_BYTES
 from llmrun.fit.candidates import (
     LEAST_N_CTX,
     USUAL_N_CTX,
@@ -20,6 +21,7 @@ from llmrun.fit.candidates import (
     check_wishes,
     choose_n_ubatch,
     list_candidates,
+    n_outputs_of,
     setup_of,
 )
 from llmrun.fit.formula import estimate
@@ -91,6 +93,7 @@ class Plan:
     n_cpu_moe: int = 0
     tensor_split: tuple[float, ...] = ()
     n_seq: int = 1
+    n_outputs_max: int = 1
     forecast: Forecast | None = None
 
     @property
@@ -103,12 +106,23 @@ class Plan:
             self.flash_attn,
             n_seq_max=self.n_seq,
             n_ubatch=self.n_ubatch,
-            n_outputs_max=self.n_seq,
+            n_outputs_max=max(self.n_outputs_max, self.n_seq),
             n_gpu_layers=self.n_gpu_layers,
             n_cpu_moe=self.n_cpu_moe,
             tensor_split=self.tensor_split,
             use_repack=self.use_repack,
         )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """For states to which a model that forgets can go back: what the plan leaves of the RAM,
+        and no more than is of use."""
+        if not self.available_bytes:
+            return CHECKPOINT_BYTES
+        left = self.placement.slack_bytes
+        if self.use_mmap and self.use_repack:
+            left -= self.placement.repack_bytes
+        return max(0, min(CHECKPOINT_BYTES, left))
 
     @property
     def source(self) -> Source:
@@ -160,7 +174,7 @@ class _Request:
     def task(self, candidate: Candidate) -> Task:
         need = self.needs.get(candidate)
         if need is None:
-            need = estimate(self.info, setup_of(candidate, self.wishes, self.n_ubatch))
+            need = estimate(self.info, setup_of(self.info, candidate, self.wishes, self.n_ubatch))
         return Task.of(
             need,
             self.info.n_layers,
@@ -190,12 +204,13 @@ def plan(
     n_ubatch = choose_n_ubatch(info, wishes)
     candidates = tuple(list_candidates(info, wishes, n_ubatch))
     formula = {
-        candidate: estimate(info, setup_of(candidate, wishes, n_ubatch)) for candidate in candidates
+        candidate: estimate(info, setup_of(info, candidate, wishes, n_ubatch))
+        for candidate in candidates
     }
     needs: Mapping[Candidate, Estimate] = formula
     notes: tuple[str, ...] = ()
     if allocator is not None:
-        needs, notes = measure_needs(formula, allocator, machine, wishes, n_ubatch)
+        needs, notes = measure_needs(formula, allocator, machine, info, wishes, n_ubatch)
     n_worth = _count_worthwhile(candidates, formula)
     worthwhile, spare = candidates[:n_worth], candidates[n_worth:]
     request = _Request(machine, info, wishes, n_ubatch, worthwhile, spare, needs, notes)
@@ -391,6 +406,7 @@ def _settle(
         n_cpu_moe=placement.n_cpu_moe,
         tensor_split=placement.tensor_split,
         n_seq=wishes.n_seq,
+        n_outputs_max=n_outputs_of(request.info, wishes, request.n_ubatch),
         forecast=forecast(request.info, placement, machine),
     )
 

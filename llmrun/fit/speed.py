@@ -99,6 +99,22 @@ def forecast(
     return Forecast(tok_s * (1 - _SPREAD), tok_s * (1 + _SPREAD), source, reason)
 
 
+def limit_tok_s(
+    info: ModelInfo, placement: Placement, machine: Machine, n_past: int
+) -> float | None:
+    """Tokens a second if nothing but reading took time, each memory at its full bandwidth; None
+    when one of these is not known. `n_past` tokens are in the context."""
+    bandwidths = {gpu.name: gpu.bandwidth_bytes_s for gpu in machine.devices}
+    bandwidths[HOST] = machine.memory.bandwidth_bytes_s
+    seconds = 0.0
+    for device, read in _TokenTime(info, placement, machine, n_past).reads().items():
+        bandwidth = bandwidths.get(device)
+        if not bandwidth or bandwidth <= 0:
+            return None
+        seconds += (read.n_bytes + read.expert_bytes) / bandwidth
+    return 1 / seconds if seconds > 0 else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """Bytes that a token reads from one device: all, and what of it is experts and KV cache."""
@@ -140,14 +156,14 @@ class _TokenTime:
     def seconds(self) -> float | None:
         """Time of one token: the devices work one after the other."""
         total = 0.0
-        for device, read in self._reads().items():
+        for device, read in self.reads().items():
             speed = self._speed(device)
             if speed is None:
                 return None
             total += speed.seconds(read)
         return total or None
 
-    def _reads(self) -> dict[str, _Read]:
+    def reads(self) -> dict[str, _Read]:
         placement, need = self.placement, self.placement.estimate
         reads: dict[str, _Read] = {}
 

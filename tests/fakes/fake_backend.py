@@ -40,6 +40,14 @@ def endless_token(tokens: tuple[int, ...]) -> int:
     return 33 + hashlib.blake2b(repr(tokens).encode(), digest_size=1).digest()[0] % 90
 
 
+def copying_token(tokens: tuple[int, ...]) -> int:
+    """Mostly the token five places before; now and then another, or an end token."""
+    digest = hashlib.blake2b(repr(tokens).encode(), digest_size=2).digest()
+    if len(tokens) < 5 or digest[0] < 24:
+        return 257 if digest[1] < 12 else 33 + digest[1] % 90
+    return tokens[-5]
+
+
 def scripted(answer: bytes | Sequence[int], n_prompt: int) -> NextToken:
     """After a prompt of `n_prompt` tokens the model says `answer`, then ends."""
     tokens = [*answer, 257]
@@ -122,6 +130,7 @@ class FakeBackend:
         n_kept: Callable[[int], int] = lambda n_rows: 0,
         sees_abort: bool = True,
         tokenizer: FakeTokenizer | None = None,
+        n_threads: int = 1,
     ) -> None:
         self.tokenizer = tokenizer or FakeTokenizer()
         self.facts: ModelFacts = fake_facts(
@@ -130,6 +139,7 @@ class FakeBackend:
         self.n_ctx = n_ctx
         self.n_batch = n_batch
         self.n_seq_max = n_seq_max
+        self.n_threads = self.n_threads_batch = n_threads
         self.n_outputs_max = n_outputs_max or n_seq_max
         self.next_token = next_token
         self.on_decode = on_decode
@@ -142,7 +152,7 @@ class FakeBackend:
         self.open_samplers: list[FakeSampler] = []
         self.samplers: list[FakeSampler] = []
         self.violations: list[str] = []
-        self.threads: tuple[int, int] | None = None
+        self.threads = (n_threads, n_threads)
         self.n_closed = 0
         self.ready = threading.Event()
         self.ready.set()
@@ -225,6 +235,8 @@ class FakeBackend:
         n_rows = sum(len(chunk.tokens) for chunk in chunks)
         if len(self._cells) + n_rows > self.n_ctx:
             return DecodeResult.FULL
+        if self.facts.n_swa:
+            self._forget()
         aborted = self._abort.is_set() and self.sees_abort
         n_left = min(self.n_kept(n_rows), n_rows) if aborted else n_rows
         row = 0
@@ -239,9 +251,15 @@ class FakeBackend:
                 n_left -= 1
         if aborted and self._recurrent:
             for chunk in chunks:
-                for cell in self._of(chunk.seq_id):
-                    cell.value = -1
+                self._spoil(chunk.seq_id)
         return DecodeResult.ABORTED if aborted else DecodeResult.DONE
+
+    def _spoil(self, seq_id: int) -> None:
+        """The sequence's own state is garbage; one that it shared was copied before it changed."""
+        for cell in self._of(seq_id):
+            cell.owners.discard(seq_id)
+            self._cells.append(Cell(cell.pos, cell.token, -1, {seq_id}, {seq_id}))
+        self._cells = [cell for cell in self._cells if cell.owners]
 
     def _append(self, seq_id: int, token: int, pos: int) -> int:
         n_swa = self.facts.n_swa
@@ -253,18 +271,17 @@ class FakeBackend:
             value = -1
         value = -1 if value == -1 else hash((value, token, pos)) & 0xFFFFFFFF
         self._cells.append(Cell(pos, token, value, {seq_id}, {seq_id}))
-        if n_swa:
-            self._forget()
         return value
 
     def _forget(self) -> None:
         """As llama.cpp when its window cache is as small as can be: a cell of one sequence only
-        that lies before its window is overwritten, and all before it goes with it."""
+        that lies before its window is overwritten by a batch (what the batch itself pushes out
+        stays until the next), and all before it goes with it."""
         keep = self.facts.n_swa + self._slack
         for seq_id in range(self.n_seq_max):
             last = self.seq_pos_max(seq_id)
             alone = [cell.pos for cell in self._of(seq_id) if cell.window == {seq_id}]
-            gone = max((pos for pos in alone if pos <= last - keep), default=-1)
+            gone = max((pos for pos in alone if pos <= last + 1 - keep), default=-1)
             for cell in self._of(seq_id):
                 if cell.pos <= gone:
                     cell.window.discard(seq_id)
@@ -300,7 +317,8 @@ class FakeBackend:
     def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
         self._check_seq(source)
         self._check_seq(target)
-        self.require(not self._recurrent, "a recurrent state has no part to copy")
+        is_whole = p1 == self.seq_pos_max(source) + 1
+        self.require(not self._recurrent or is_whole, "a recurrent state has no part to copy")
         self.require(source != target and not self._of(target), "the target must be empty")
         cells = [cell for cell in self._of(source) if p0 <= cell.pos < p1]
         self.require(p0 == 0 and len(cells) == p1, "the source does not hold what is copied")
@@ -317,9 +335,27 @@ class FakeBackend:
         self._check_seq(seq_id)
         return max((cell.pos for cell in self._of(seq_id)), default=-1)
 
+    @property
+    def state_key(self) -> str:
+        return f"fake {self.facts.n_swa}"
+
+    def state_bytes(self, seq_id: int) -> int:
+        return len(self.save_state(seq_id, partial=False))
+
     def save_state(self, seq_id: int, *, partial: bool) -> bytes:
         self._check_seq(seq_id)
-        cells = [(cell.pos, cell.token, cell.value) for cell in self._of(seq_id)]
+        # As llama.cpp: of a window only what the next token can see.
+        last, n_swa = self.seq_pos_max(seq_id), self.facts.n_swa
+        seen = {
+            cell.pos
+            for cell in self._of(seq_id)
+            if seq_id in cell.window and (not n_swa or cell.pos > last - n_swa)
+        }
+        cells = [
+            (cell.pos, cell.token, cell.value, cell.pos in seen)
+            for cell in self._of(seq_id)
+            if not partial or cell.pos in seen
+        ]
         return json.dumps(cells).encode()
 
     def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
@@ -328,8 +364,31 @@ class FakeBackend:
             cells = json.loads(state)
         except ValueError:
             return False
-        self.seq_rm(seq_id, -1, -1)
-        self._cells += [Cell(pos, token, value, {seq_id}, {seq_id}) for pos, token, value in cells]
+        held = {cell.pos: cell for cell in self._of(seq_id)}
+        same = {
+            pos
+            for pos, *is_, _ in cells
+            if pos in held and [held[pos].token, held[pos].value] == is_
+        }
+        if not partial:
+            self.require(not held, "a whole state is put into a sequence that is not empty")
+            if len(self._cells) + len(cells) > self.n_ctx:
+                return False
+        if partial and not self._recurrent:
+            # Only the window layers; the others must hold the very same tokens.
+            self.require(len(same) == len(cells), "a window of other tokens is put back")
+            for pos in same:
+                held[pos].window.add(seq_id)
+            return True
+        # What a hybrid model's other layers hold, they may share.
+        for pos, cell in held.items():
+            if not partial or pos not in same:
+                cell.owners.discard(seq_id)
+        self._cells = [cell for cell in self._cells if cell.owners]
+        for pos, token, value, in_window in cells:
+            if not partial or pos not in same:
+                window = {seq_id} if in_window else set()
+                self._cells.append(Cell(pos, token, value, {seq_id}, window))
         return True
 
     def set_threads(self, n_threads: int, n_threads_batch: int) -> None:

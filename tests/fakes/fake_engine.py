@@ -28,6 +28,7 @@ from llmrun.engine.types import (
     ModelFacts,
     PromptEvent,
     Request,
+    SavedPrefix,
     TextEvent,
     Timings,
     Usage,
@@ -132,6 +133,21 @@ class FakeEngine:
         self.streams.append(stream)
         return stream
 
+    @property
+    def state_key(self) -> str:
+        return "fake"
+
+    def save_prefix(self, tokens: Sequence[int], max_bytes: int) -> SavedPrefix | None:
+        held = self._cached[:-1]  # the last sampled token is never decoded
+        state = repr(held).encode()
+        return SavedPrefix(held, state) if held and len(state) <= max_bytes else None
+
+    def restore_prefix(self, saved: SavedPrefix) -> int:
+        if bytes(saved.state) != repr(saved.tokens).encode():
+            return 0
+        self._cached = saved.tokens
+        return len(saved.tokens)
+
     def close(self) -> None:
         self.closed = True
 
@@ -213,7 +229,8 @@ class FakeStream:
         self.finished = True
         usage = Usage(n_prompt, len(sampled), self._n_cached)
         seed = request.sampling.seed
-        yield FinishEvent(reason, usage, TIMINGS, FAKE_SEED if seed is None else seed, stop)
+        times = tuple(0.05 + 0.02 * i for i in range(len(sampled))) if request.with_times else ()
+        yield FinishEvent(reason, usage, TIMINGS, FAKE_SEED if seed is None else seed, stop, times)
 
 
 def _n_held(text: str, stops: Sequence[str]) -> int:

@@ -26,7 +26,8 @@ from tests.fakes.models import gemma3_path, smollm2_path
 from tests.unit.test_engine_loop import Outcome, read
 
 GREEDY = SamplingParams(temperature=0)
-OPTIONS = EngineOptions(n_ctx=2048, n_threads=2)
+# Another number of threads or rows rounds otherwise.
+OPTIONS = EngineOptions(n_ctx=2048, n_threads=2, steady_threads=False, speculative="off")
 STORY = "Once upon a time there was a fox who lived by the river. "
 
 

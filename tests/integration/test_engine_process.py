@@ -189,7 +189,8 @@ from llmrun.engine.llama import open_backend
 from llmrun.engine.types import *
 from llmrun.engine.backend import Chunk
 from pathlib import Path
-b = open_backend(Path(sys.argv[1]), EngineOptions(n_ctx=256, n_ubatch=64, n_threads=1))
+b = open_backend(Path(sys.argv[1]), EngineOptions(
+    n_ctx=256, n_ubatch=64, n_threads=1, speculative="off"))
 C, ctx, vocab = b._C, b._ctx, b._vocab
 memory = C.llama_get_memory(ctx)
 def raw_batch(n, n_logits):

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrun.engine import residents
 from llmrun.engine.backend import Chunk, DecodeResult
 from llmrun.engine.loop import Engine, Stream
 from llmrun.engine.types import (
@@ -19,7 +21,15 @@ from llmrun.engine.types import (
     SamplingParams,
     TextEvent,
 )
-from tests.fakes.fake_backend import FakeBackend, endless_token, hash_token, ideal_answer, scripted
+from tests.fakes.fake_backend import (
+    FakeBackend,
+    NextToken,
+    copying_token,
+    endless_token,
+    hash_token,
+    ideal_answer,
+    scripted,
+)
 
 
 @dataclass(slots=True)
@@ -53,9 +63,12 @@ def check_books(engine: Engine, backend: FakeBackend) -> None:
     assert backend.open_samplers == []
     assert backend.n_closed == 1
     assert not engine._thread.is_alive()
-    for slot in engine._cache.slots:
+    cache = engine._core.residents.cache
+    for slot in cache.slots:
         assert not slot.busy
-        assert slot.tokens == backend.held(slot.seq_id)
+        assert cache.tree.tokens(slot.seq_id) == backend.held(slot.seq_id)
+        assert all(c.n_tokens <= cache.tree.length(slot.seq_id) for c in slot.checkpoints)
+    assert cache.tree.n_cells() == len(backend._cells)
 
 
 # ---- schedules made by hypothesis
@@ -100,10 +113,21 @@ class Play:
     """Carries out actions inside the engine's thread, one at each step: the run is the same each
     time. What is left when the engine is idle is done from outside."""
 
-    def __init__(self, options: dict[str, object], script: list[tuple[str, object]]) -> None:
+    def __init__(
+        self,
+        options: dict[str, object],
+        script: list[tuple[str, object]],
+        *,
+        next_token: NextToken = hash_token,
+        **engine_options: object,
+    ) -> None:
         self.script = list(script)
-        self.backend = FakeBackend(on_decode=self.act, **options)  # type: ignore[arg-type]
-        self.engine = Engine(self.backend)
+        self.next_token = next_token
+        self.backend = FakeBackend(on_decode=self.act, next_token=next_token, **options)  # type: ignore[arg-type]
+        if engine_options:
+            # A step takes as long whatever its rows.
+            engine_options["clock"] = lambda: 1.0 + 0.06 * self.backend.n_steps
+        self.engine = Engine(self.backend, checks=True, **engine_options)  # type: ignore[arg-type]
         self.requests: list[Request] = []
         self.streams: list[Stream] = []
         self.cancelled: set[int] = set()
@@ -128,7 +152,7 @@ class Play:
         elif kind == "again" and self.requests:
             # The next turn of a conversation, or the same once more.
             earlier = self.requests[what % len(self.requests)]  # type: ignore[operator]
-            answer = ideal_answer(earlier, self.backend.n_ctx).tokens
+            answer = ideal_answer(earlier, self.backend.n_ctx, self.next_token).tokens
             longer = (*earlier.prompt, *answer[:-1], 5) if what % 2 else earlier.prompt  # type: ignore[operator]
             self.submit(Request(longer[: self.backend.n_ctx], max_tokens=4))
 
@@ -148,7 +172,7 @@ class Play:
     def check(self, outcomes: list[Outcome]) -> None:
         for index, outcome in enumerate(outcomes):
             request = self.requests[index]
-            ideal = ideal_answer(request, self.backend.n_ctx)
+            ideal = ideal_answer(request, self.backend.n_ctx, self.next_token)
             if outcome.finish.reason == "cancelled":
                 assert index in self.cancelled
                 assert outcome.tokens == ideal.tokens[: len(outcome.tokens)]
@@ -165,6 +189,30 @@ def test_every_request_gets_what_it_would_get_alone(
     options: dict[str, object], script: list[tuple[str, object]]
 ) -> None:
     Play(options, script).run()
+
+
+@settings(max_examples=250, deadline=None)
+@given(backends(), st.integers(1, 9), st.lists(actions(), min_size=1, max_size=24))
+def test_guessing_changes_no_answer(
+    options: dict[str, object], n_drafts: int, script: list[tuple[str, object]]
+) -> None:
+    options["n_outputs_max"] = min(options["n_seq_max"] + n_drafts, options["n_batch"])  # type: ignore[operator,type-var]
+    play = Play(
+        options,
+        script,
+        next_token=copying_token,
+        speculative="ngram",
+    )
+    play.run()
+
+
+@settings(max_examples=250, deadline=None)
+@given(backends(), st.lists(actions(), min_size=1, max_size=24))
+def test_checkpoints_at_every_prompt_change_no_answer(
+    options: dict[str, object], script: list[tuple[str, object]]
+) -> None:
+    with patch.object(residents, "_CHECKPOINT_EVERY", 1):
+        Play(options, script, next_token=copying_token, speculative="ngram").run()
 
 
 # ---- the same, feature by feature
@@ -224,7 +272,7 @@ def test_without_the_window_rule_the_fake_gives_garbage() -> None:
     """The oracle's own test: a cut beyond the window must show."""
     backend = FakeBackend(n_ctx=128, n_swa=8, next_token=endless_token)
     with Engine(backend) as engine:
-        engine._cache._n_swa = 0
+        engine._core.residents.cache._n_swa = 0
         run(engine, range(40), 1)
         far = run(engine, [*range(20), 99], 3)
     assert far.finish.usage.n_cached == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrun.engine.prefix_cache import PrefixCache, Slot, common_prefix, window_allows
+from llmrun.engine.prefix_cache import Checkpoint, PrefixCache, window_allows
 
 
 def make(
@@ -23,7 +23,7 @@ def make(
         pos_min=lambda seq_id: (pos_min or {}).get(seq_id, 0),
     )
     for slot, tokens in zip(cache.slots, held, strict=True):
-        slot.tokens = list(tokens)
+        cache.tree.extend(slot.seq_id, tokens)
         slot.busy = slot.seq_id in busy
         slot.used_at = slot.seq_id + 1 if tokens else 0
     cache._clock = len(held)
@@ -35,18 +35,6 @@ def count(n: int, start: int = 0) -> list[int]:
 
 
 tokens = st.lists(st.integers(0, 2), max_size=12)
-
-
-@given(tokens, tokens)
-def test_common_prefix_is_the_definition(a: list[int], b: list[int]) -> None:
-    n = common_prefix(a, b)
-    assert a[:n] == b[:n]
-    assert n == min(len(a), len(b)) or a[n] != b[n]
-
-
-@given(st.integers(0, 1200), st.integers(0, 1200))
-def test_common_prefix_of_long_lists(n_same: int, n_rest: int) -> None:
-    assert common_prefix([1] * n_same + [2] * n_rest, [1] * n_same + [3] * n_rest) == n_same
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(-1, 50), st.integers(1, 20))
@@ -73,7 +61,7 @@ def caches(draw: st.DrawFn) -> tuple[PrefixCache, int]:
 def test_every_placement_is_sound(made: tuple[PrefixCache, int], prompt: list[int]) -> None:
     cache, n_swa = made
     busy = {slot.seq_id for slot in cache.slots if slot.busy}
-    held = {slot.seq_id: list(slot.tokens) for slot in cache.slots}
+    held = {slot.seq_id: cache.tree.tokens(slot.seq_id) for slot in cache.slots}
     placement = cache.place(prompt)
     if placement is None:
         assert len(busy) == len(cache.slots)
@@ -85,8 +73,7 @@ def test_every_placement_is_sound(made: tuple[PrefixCache, int], prompt: list[in
     n_keep, n_held = placement.n_keep, len(held[source.seq_id])
     assert 0 <= n_keep < len(prompt)
     assert held[source.seq_id][:n_keep] == prompt[:n_keep]
-    is_cut = n_keep < n_held or source.seq_id in busy
-    if n_keep and is_cut:
+    if 0 < n_keep < n_held:
         assert cache._can_cut
         if n_swa:
             assert cache._pos_min(source.seq_id) <= max(0, n_keep - n_swa)
@@ -122,7 +109,7 @@ def test_another_conversation_stays_whole_while_a_slot_is_empty() -> None:
     placement = cache.place([*count(20), 999])
     assert placement is not None and placement.copy_from is cache.slots[0]
     assert (placement.slot.seq_id, placement.n_keep) == (1, 20)
-    assert cache.slots[0].tokens == count(100)
+    assert cache.tree.tokens(0) == count(100)
 
 
 def test_a_turn_taken_back_keeps_its_slot() -> None:
@@ -153,17 +140,87 @@ def test_a_recurrent_state_is_used_whole_or_not_at_all() -> None:
     assert whole is not None and whole.n_keep == 10
     cut = make(count(10), [], can_cut=False).place([*count(9), 99])
     assert cut is not None and (cut.slot.seq_id, cut.n_keep) == (1, 0)
-    shared = make(count(10), [], can_cut=False, busy=(0,)).place(count(14))
-    assert shared is not None and (shared.n_keep, shared.copy_from) == (0, None)
+    part = make(count(10), [], can_cut=False, busy=(0,)).place([*count(9), 99])
+    assert part is not None and (part.n_keep, part.copy_from) == (0, None)
+    cache = make(count(10), [], can_cut=False, busy=(0,))
+    shared = cache.place(count(14))
+    assert shared is not None
+    assert (shared.slot.seq_id, shared.n_keep, shared.copy_from) == (1, 10, cache.slots[0])
 
 
 def test_eviction_takes_the_idle_slot_unused_for_longest() -> None:
     cache = make([1], [2], [3], [], busy=(0,))
     evicted = [cache.evict_idle() for _ in range(3)]
     assert [slot.seq_id if slot else None for slot in evicted] == [1, 2, None]
-    assert cache.slots[0].tokens == [1]
+    assert cache.tree.tokens(0) == [1]
 
 
 def test_all_busy_is_none() -> None:
     assert make([1], busy=(0,)).place([1, 2]) is None
-    assert isinstance(make([]).slots[0], Slot)
+
+
+# ---- room
+
+
+def test_without_room_a_request_waits() -> None:
+    cache = make(count(10), [], busy=(0,))
+    assert cache.n_busy_cells() == 10
+    assert cache.place(count(6, 50), 5) is None
+    assert not cache.slots[1].busy
+    assert cache.place(count(6, 50), 6) is not None
+
+
+def test_cells_shared_with_a_running_request_need_no_room() -> None:
+    cache = make(count(100), [], busy=(0,))
+    placement = cache.place([*count(100), 7, 8], 2)
+    assert placement is not None and placement.n_keep == 100
+    assert cache.tree.n_cells() == 100
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_takes_back_what_the_window_forgot() -> None:
+    cache = make(count(1700), n_swa=512, pos_min={0: 676})
+    early, late = Checkpoint(400, b"early"), Checkpoint(700, b"late")
+    cache.keep(cache.slots[0], early)
+    cache.keep(cache.slots[0], late)
+    placement = cache.place([*count(800), 9999])
+    assert placement is not None
+    assert (placement.n_keep, placement.restore) == (700, late)
+    assert cache.slots[0].checkpoints == [early, late]
+    cache.release(cache.slots[0])
+    placement = cache.place([*count(500), 9999])
+    assert placement is not None
+    assert (placement.n_keep, placement.restore) == (400, early)
+    assert cache.slots[0].checkpoints == [early]
+
+
+def test_a_recurrent_state_goes_back_to_a_checkpoint_or_nowhere() -> None:
+    cache = make(count(100), can_cut=False)
+    kept = Checkpoint(60, b"state")
+    cache.keep(cache.slots[0], kept)
+    placement = cache.place([*count(80), 9999])
+    assert placement is not None and (placement.n_keep, placement.restore) == (60, kept)
+    cache.release(cache.slots[0])
+    placement = cache.place([*count(50), 9999])
+    assert placement is not None and (placement.n_keep, placement.restore) == (0, None)
+    assert cache.slots[0].checkpoints == []
+
+
+def test_a_checkpoint_of_a_running_request_is_not_put_back() -> None:
+    cache = make(count(100), [], can_cut=False, busy=(0,))
+    cache.keep(cache.slots[0], Checkpoint(60, b"state"))
+    placement = cache.place([*count(80), 9999])
+    assert placement is not None and (placement.n_keep, placement.restore) == (0, None)
+
+
+def test_old_checkpoints_make_room() -> None:
+    cache = PrefixCache(2, n_swa=4, can_cut=True, pos_min=lambda _seq_id: 0, checkpoint_bytes=100)
+    first, second = cache.slots
+    for slot, n_tokens in ((first, 10), (second, 10), (first, 20)):
+        cache.keep(slot, Checkpoint(n_tokens, b"x" * 40))
+    assert [c.n_tokens for c in first.checkpoints] == [20]
+    assert [c.n_tokens for c in second.checkpoints] == [10]
+    cache.keep(second, Checkpoint(30, b"x" * 400))
+    assert first.checkpoints == second.checkpoints == []

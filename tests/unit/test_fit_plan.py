@@ -345,9 +345,35 @@ def test_the_setup_is_what_the_engine_gets():
         "f16",
         n_seq_max=4,
         n_ubatch=256,
-        n_outputs_max=4,
+        n_outputs_max=4 + 31,
         n_gpu_layers=7,
     )
+
+
+def test_room_for_guesses_is_planned_by_the_engines_rule():
+    def n_outputs(info, **wishes):
+        return plan(machine(64), info, Wishes(n_ctx=4096, **wishes)).setup.n_outputs_max
+
+    assert n_outputs(BIG) == n_outputs(BIG, speculative="draft") == 32
+    assert n_outputs(BIG, speculative="off", n_seq=2) == 2
+    assert n_outputs(BIG, n_ubatch=16) == 16
+    assert n_outputs(shape_info("jamba-3b"), n_seq=2) == 2
+    guessing, plain = (
+        plan(machine(64), BIG, Wishes(n_ctx=4096, speculative=word)).estimate.total_bytes
+        for word in ("auto", "off")
+    )
+    assert guessing - plain == 31 * 4 * BIG.n_vocab
+
+
+def test_states_to_go_back_to_get_what_the_plan_leaves():
+    assert plan(machine(0), BIG).checkpoint_bytes == 256 * MIB
+    assert plan(machine(64), BIG).checkpoint_bytes == 256 * MIB
+    sizes = [n / 10 for n in range(50, 90)]
+    plans = [plan(machine(size), BIG) for size in sizes]
+    assert min(chosen.checkpoint_bytes for chosen in plans) < 64 * MIB
+    for chosen in plans:
+        host = chosen.placement.shares[0]
+        assert chosen.checkpoint_bytes <= max(0, host.budget_bytes - host.used_bytes)
 
 
 def test_many_sequences_get_a_row_each():

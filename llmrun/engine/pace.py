@@ -1,0 +1,95 @@
+"""Takes the time of steps: for the governor of threads, and for the costs that drafts go by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+from llmrun.engine.backend import Backend, Chunk, DecodeResult
+from llmrun.engine.governor import Governor
+from llmrun.engine.speculate import StepCosts
+
+# A single answer's steps are looked at in blocks of this length, so that what a look costs is
+# nothing beside them; a longer step is a block of its own.
+BLOCK_S = 0.05
+
+# The prompt's part of a step beside running answers: that long, since they pause for it, but not
+# below the rows that compute well together.
+_BESIDE_S = 0.25
+_MIN_BESIDE = 32
+
+
+class Pace:
+    """Lives in the engine's thread. With nobody to tell the times it only decodes."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        clock: Callable[[], float],
+        governor: Governor | None,
+        costs: StepCosts | None,
+    ) -> None:
+        self._backend = backend
+        self._clock = clock
+        self._governor = governor
+        self._costs = costs
+        self._is_watching = governor is not None or costs is not None
+        self._n_rows = 0
+        self._started_s = 0.0
+        self._threads = (backend.n_threads, backend.n_threads_batch)
+        self._block = (0.0, 0)
+
+    def decode(self, chunks: SequenceOf[Chunk]) -> DecodeResult:
+        """One batch. After its rows were sampled, call `end_step`."""
+        if self._is_watching:
+            self._n_rows = sum(len(chunk.tokens) for chunk in chunks)
+            self._set_threads(self._n_rows)
+            self._started_s = self._clock()
+        return self._backend.decode(chunks)
+
+    def end_step(self) -> None:
+        if self._is_watching:
+            self._tell(self._n_rows, 1, self._clock() - self._started_s)
+
+    def n_rows_beside(self) -> int | None:
+        """Rows of a prompt for a step that others' answers wait for; None: as many as there are."""
+        n_rows = self._costs.rows_within(_BESIDE_S) if self._costs is not None else None
+        return None if n_rows is None else max(n_rows, _MIN_BESIDE)
+
+    def start_alone(self, n_tokens: int) -> float:
+        """Single-token steps follow. Returns when to `look` first, in the clock's seconds: after
+        the first, so that one step between two with guesses is timed, too."""
+        if not self._is_watching:
+            return math.inf
+        self._set_threads(1)
+        self._block = (self._clock(), n_tokens)
+        return -math.inf
+
+    def look(self, now_s: float, n_tokens: int) -> float:
+        """`n_tokens` is a count that went up by one each step. Returns when to look next."""
+        if not self._is_watching:
+            return math.inf
+        start_s, n_before = self._block
+        self._tell(1, n_tokens - n_before, now_s - start_s)
+        self._set_threads(1)
+        self._block = (now_s, n_tokens)
+        return now_s + BLOCK_S
+
+    def _tell(self, n_rows: int, n_steps: int, elapsed_s: float) -> None:
+        if self._governor is not None:
+            self._governor.observe(n_rows, n_steps, elapsed_s)
+        if self._costs is not None:
+            self._costs.learn(n_rows, n_steps, elapsed_s)
+
+    def _set_threads(self, n_rows: int) -> None:
+        if self._governor is None:
+            return
+        n_threads, n_threads_batch = self._threads
+        if n_rows == 1:
+            n_threads = self._governor.threads(1)
+        else:
+            n_threads_batch = self._governor.threads(n_rows)
+        if (n_threads, n_threads_batch) != self._threads:
+            self._threads = (n_threads, n_threads_batch)
+            self._backend.set_threads(n_threads, n_threads_batch)

@@ -1,0 +1,324 @@
+"""Many requests at once: prefixes read once for all, room for who runs, and no one starved."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from unittest.mock import patch
+
+import pytest
+
+from llmrun.engine import residents
+from llmrun.engine.backend import Chunk, DecodeResult
+from llmrun.engine.loop import Engine, Stream
+from llmrun.engine.types import Request, SamplingParams
+from tests.fakes.fake_backend import FakeBackend, copying_token, endless_token, ideal_answer
+from tests.unit.test_engine_loop import Outcome, check_books, read, run
+
+SYSTEM = tuple(range(60, 100))
+
+
+def run_together(
+    backend: FakeBackend, requests: list[Request], **options: object
+) -> tuple[Engine, list[Outcome]]:
+    """All submitted before the first step. Checks every answer against its ideal."""
+    engine = Engine(backend, checks=True, **options)  # type: ignore[arg-type]
+    with engine:
+        with backend.held_back():
+            streams = [engine.submit(request) for request in requests]
+        outcomes = [read(stream) for stream in streams]
+    for request, outcome in zip(requests, outcomes, strict=True):
+        ideal = ideal_answer(request, backend.n_ctx, backend.next_token)
+        assert (outcome.tokens, outcome.finish.reason) == (ideal.tokens, ideal.reason)
+    check_books(engine, backend)
+    return engine, outcomes
+
+
+def n_rows(backend: FakeBackend) -> int:
+    """Computed in all."""
+    done = zip(backend.batches, backend.results, strict=True)
+    return sum(
+        len(chunk.tokens)
+        for batch, result in done
+        if result is DecodeResult.DONE
+        for chunk in batch
+    )
+
+
+KINDS = {"plain": {}, "window": {"n_swa": 6}, "recurrent": {"recurrent": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_prefix_of_many_requests_is_read_once(kind: str) -> None:
+    backend = FakeBackend(
+        n_ctx=512, n_seq_max=4, n_batch=16, next_token=endless_token, **KINDS[kind]
+    )
+    requests = [Request((*SYSTEM, n, n + 1), max_tokens=6) for n in range(4)]
+    _, outcomes = run_together(backend, requests)
+    cached = [outcome.finish.usage.n_cached for outcome in outcomes]
+    assert cached == [0, 40, 40, 40]
+    n_answers = 4 * 5  # the last token of an answer is never decoded
+    assert n_rows(backend) == len(SYSTEM) + 4 * 2 + n_answers
+
+
+@pytest.mark.parametrize("kind", ["plain", "window"])
+def test_more_requests_than_slots_share_it_too(kind: str) -> None:
+    backend = FakeBackend(
+        n_ctx=512, n_seq_max=4, n_batch=16, next_token=endless_token, **KINDS[kind]
+    )
+    requests = [Request((*SYSTEM, n, n + 1), max_tokens=6) for n in range(12)]
+    _, outcomes = run_together(backend, requests)
+    n_cached = sum(outcome.finish.usage.n_cached for outcome in outcomes)
+    assert n_cached >= (9 if kind == "plain" else 6) * 40
+
+
+def test_who_waits_for_a_prefix_holds_up_nobody() -> None:
+    backend = FakeBackend(n_ctx=512, n_seq_max=3, n_batch=16, next_token=endless_token)
+    requests = [
+        Request((*SYSTEM, 1), max_tokens=4),
+        Request((*SYSTEM, 2), max_tokens=4),
+        Request((7, 8, 9), max_tokens=4),
+    ]
+    run_together(backend, requests)
+    first_with_third = next(
+        i for i, batch in enumerate(backend.batches) if any(c.tokens[0] == 7 for c in batch)
+    )
+    assert first_with_third <= 2
+
+
+def test_who_waits_goes_on_alone_when_the_reader_is_cancelled() -> None:
+    backend = FakeBackend(n_ctx=512, n_seq_max=2, n_batch=8, next_token=endless_token)
+    streams: list[Stream] = []
+    backend.on_decode = lambda step, _chunks: streams[0].cancel() if step == 1 else None
+    requests = [Request((*SYSTEM, n), max_tokens=4) for n in (1, 2)]
+    engine = Engine(backend, checks=True)
+    with engine:
+        with backend.held_back():
+            streams += [engine.submit(request) for request in requests]
+        first, second = map(read, streams)
+    assert first.finish.reason == "cancelled"
+    assert second.tokens == ideal_answer(requests[1], 512, endless_token).tokens
+    assert second.finish.usage.n_cached == 8
+    check_books(engine, backend)
+
+
+@pytest.mark.parametrize("kind", ["window", "recurrent"])
+def test_a_shared_prefix_is_gone_back_to_when_all_have_moved_on(kind: str) -> None:
+    """The window is far beyond it in every slot; a checkpoint where the requests parted helps."""
+    backend = FakeBackend(
+        n_ctx=512, n_seq_max=2, n_batch=16, next_token=endless_token, **KINDS[kind]
+    )
+    requests = [Request((*SYSTEM, n, *range(100, 120)), max_tokens=30) for n in range(6)]
+    with patch.object(residents, "_CHECKPOINT_EVERY", 16):
+        _, outcomes = run_together(backend, requests)
+    assert [outcome.finish.usage.n_cached for outcome in outcomes] == [0, 40, 40, 40, 40, 40]
+
+
+# ---- room
+
+
+def test_a_request_comes_in_when_its_cells_are_there() -> None:
+    """Three prompts of 24 in 64 cells: two at once, the third after them, and nobody put back."""
+    backend = FakeBackend(n_ctx=64, n_seq_max=3, n_batch=32, next_token=endless_token)
+    requests = [Request(tuple(range(n, n + 20)), max_tokens=4) for n in (0, 100, 200)]
+    run_together(backend, requests)
+    assert all(sampler.n_sampled == 4 for sampler in backend.samplers)
+    widest = max(len(batch) for batch in backend.batches)
+    assert widest == 2
+    assert n_rows(backend) == 3 * 23
+
+
+def test_idle_prefixes_go_before_anyone_is_put_back() -> None:
+    backend = FakeBackend(n_ctx=64, n_seq_max=4, n_batch=16, next_token=endless_token)
+    engine = Engine(backend, checks=True)
+    with engine:
+        run(engine, range(20), 1)
+        run(engine, range(100, 120), 1)
+        with backend.held_back():
+            streams = [
+                engine.submit(Request((n, n), SamplingParams(seed=n), max_tokens=18))
+                for n in (200, 210)
+            ]
+        outcomes = [read(stream) for stream in streams]
+    assert all(len(outcome.tokens) == 18 for outcome in outcomes)
+    assert n_rows(backend) == 2 * 20 + 2 * 19  # nothing was read twice
+    check_books(engine, backend)
+
+
+def test_the_youngest_is_put_back_and_gives_the_same_answer_later() -> None:
+    backend = FakeBackend(n_ctx=64, n_seq_max=2, n_batch=16, next_token=endless_token)
+    requests = [Request((n, n + 1), max_tokens=50) for n in (1, 4)]
+    _, outcomes = run_together(backend, requests)
+    assert DecodeResult.FULL in backend.results
+    ends = [
+        max(i for i, batch in enumerate(backend.batches) if any(c.seq_id == s for c in batch))
+        for s in (0, 1)
+    ]
+    assert ends[0] < ends[1]
+    assert [sampler.n_sampled for sampler in backend.samplers] == [50, 50]
+    assert outcomes[1].finish.usage.n_completion == 50
+
+
+def test_a_large_request_is_not_passed_for_ever_by_small_ones() -> None:
+    backend = FakeBackend(n_ctx=64, n_seq_max=4, n_batch=16, next_token=endless_token)
+    large = Request(tuple(range(190, 246)), max_tokens=4)
+    streams: dict[str, Stream] = {}
+
+    def keep_it_busy(step: int, _chunks: Sequence[Chunk]) -> None:
+        if step == 4:
+            streams["large"] = engine.submit(large)
+        if step % 4 == 0 and step < 120:
+            streams[f"small {step}"] = engine.submit(Request((step, 1, 2), max_tokens=8))
+
+    backend.on_decode = keep_it_busy
+    engine = Engine(backend, checks=True)
+    with engine:
+        with backend.held_back():
+            streams["first"] = engine.submit(Request((250, 1), max_tokens=8))
+        read(streams["first"])
+        assert read(streams["large"]).tokens == ideal_answer(large, 64, endless_token).tokens
+        done = {"first", "large"}
+        while left := streams.keys() - done:
+            done.add(name := min(left))
+            read(streams[name])
+    firsts = [chunk.tokens[0] for batch in backend.batches for chunk in batch if chunk.pos == 0]
+    assert firsts.index(190) == 2  # after the two that were there before it
+    assert len(firsts) > 5
+    check_books(engine, backend)
+
+
+# ---- fairness in a step
+
+
+def test_answers_go_on_at_every_step_while_a_prompt_is_read() -> None:
+    backend = FakeBackend(n_ctx=512, n_seq_max=3, n_batch=8, next_token=endless_token)
+    late: list[Stream] = []
+
+    def submit_long(step: int, _chunks: Sequence[Chunk]) -> None:
+        if step == 3:
+            late.append(engine.submit(Request(tuple(range(200)), max_tokens=2)))
+
+    backend.on_decode = submit_long
+    engine = Engine(backend, checks=True)
+    with engine:
+        with backend.held_back():
+            streams = [engine.submit(Request((n,), max_tokens=30)) for n in (1, 2)]
+        for stream in [*streams, *late]:
+            read(stream)
+    reading = [batch for batch in backend.batches if any(c.n_outputs == 0 for c in batch)]
+    assert len(reading) > 20
+    for batch in reading[:20]:
+        assert sum(len(c.tokens) == 1 and c.n_outputs == 1 for c in batch) == 2
+        assert sum(len(c.tokens) for c in batch) == 8
+    check_books(engine, backend)
+
+
+def test_a_prompt_beside_answers_comes_in_pieces_that_take_a_bounded_time() -> None:
+    """A chunk of 512 rows takes seconds on a small machine; who reads along should not wait so."""
+    now_s = [0.0]
+
+    def tick(_step: int, chunks: Sequence[Chunk]) -> None:
+        now_s[0] += 0.01 + 0.004 * sum(len(c.tokens) for c in chunks)
+
+    backend = FakeBackend(
+        n_ctx=4096, n_seq_max=2, n_batch=512, next_token=endless_token, on_decode=tick
+    )
+    engine = Engine(backend, checks=True, speculative="off", clock=lambda: now_s[0])
+    with engine:
+        run(engine, [i % 250 for i in range(600)], 1)  # what rows cost is learnt here
+        late: list[Stream] = []
+
+        def submit_long(step: int, chunks: Sequence[Chunk]) -> None:
+            tick(step, chunks)
+            if len(late) == 0:
+                prompt = tuple((i * i + 7) % 250 for i in range(1000))
+                late.append(engine.submit(Request(prompt, max_tokens=2)))
+
+        n_before = backend.n_steps
+        backend.on_decode = submit_long
+        run(engine, (3,), 40)
+        read(late[0])
+    beside = [
+        batch
+        for batch in backend.batches[n_before:]
+        if len(batch) == 2 and any(c.n_outputs == 0 for c in batch)
+    ]
+    assert beside
+    assert max(sum(len(c.tokens) for c in batch) for batch in beside) <= 70
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("kind", ["window", "recurrent"])
+def test_a_turn_whose_thinking_was_dropped_starts_from_a_checkpoint(kind: str) -> None:
+    """The next prompt has the last one's tokens, but not all of the answer's."""
+    backend = FakeBackend(n_ctx=1024, n_batch=32, next_token=endless_token, **KINDS[kind])
+    prompt = tuple(i % 250 for i in range(100))
+    engine = Engine(backend, checks=True)
+    with engine:
+        first = run(engine, prompt, 60)
+        turn = (*prompt, *first.tokens[40:], 1, 2, 3)
+        second = run(engine, turn, 4)
+        again = run(engine, turn, 4)
+    assert second.finish.usage.n_cached == (100 if kind == "window" else 99)
+    assert again.finish.usage.n_cached >= 99
+    for outcome in (second, again):
+        ideal = ideal_answer(Request(turn, max_tokens=4), 1024, endless_token)
+        assert outcome.tokens == ideal.tokens
+    check_books(engine, backend)
+
+
+def test_a_checkpoint_that_cannot_be_put_back_costs_a_new_reading_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = FakeBackend(n_ctx=1024, n_batch=32, next_token=endless_token, n_swa=6)
+    monkeypatch.setattr(backend, "load_state", lambda *_args, **_more: False)
+    prompt = tuple(i % 250 for i in range(100))
+    engine = Engine(backend, checks=True)
+    with engine:
+        run(engine, prompt, 60)
+        turn = (*prompt, 1, 2, 3)
+        second = run(engine, turn, 4)
+    assert second.finish.usage.n_cached == 0
+    ideal = ideal_answer(Request(turn, max_tokens=4), 1024, endless_token)
+    assert second.tokens == ideal.tokens
+    check_books(engine, backend)
+
+
+def test_guesses_of_shared_prefixes() -> None:
+    backend = FakeBackend(
+        n_ctx=512, n_seq_max=4, n_batch=24, n_outputs_max=24, next_token=copying_token
+    )
+    requests = [Request((*SYSTEM, n, n + 1), max_tokens=40) for n in range(8)]
+    run_together(backend, requests, speculative="ngram", clock=lambda: 1.0 + 0.06 * backend.n_steps)
+
+
+def test_many_requests_with_cancels_leave_nothing_behind() -> None:
+    """Shared starts, cancels at random, more requests than cells: the books agree at every rest."""
+    rng = random.Random(11)
+    backend = FakeBackend(
+        n_ctx=96, n_seq_max=4, n_batch=16, n_outputs_max=12, next_token=copying_token, n_swa=8
+    )
+    n_threads = threading.active_count()
+    engine = Engine(
+        backend, checks=True, speculative="auto", clock=lambda: 1.0 + 0.06 * backend.n_steps
+    )
+    with engine:
+        for _ in range(150):
+            streams = []
+            for _ in range(rng.randrange(1, 7)):
+                start = SYSTEM[: rng.choice((0, 12, 30))]
+                prompt = (*start, *(rng.randrange(250) for _ in range(rng.randrange(1, 12))))
+                streams.append(engine.submit(Request(prompt, max_tokens=rng.randrange(1, 12))))
+            for stream in streams:
+                if rng.random() < 0.3:
+                    stream.cancel()
+                read(stream)
+            backend.batches.clear()
+            backend.samplers.clear()
+    assert threading.active_count() == n_threads
+    assert not engine._answers.streams and not engine._core.active
+    assert len(engine._core.residents) == 0
+    check_books(engine, backend)
