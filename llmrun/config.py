@@ -24,7 +24,7 @@ Kind = Literal["flag", "switch", "count", "text", "texts", "int", "float", "shar
 """`flag`: on when given. `switch`: `--x/--no-x`. `count`: may be repeated. `texts`: a list.
 `shares`: positive numbers with commas between them, or a list of numbers."""
 
-Group = Literal["common", "hub", "load", "sampling", "prompt", "run", "chat", "config"]
+Group = Literal["common", "hub", "load", "sampling", "prompt", "run", "chat", "prefix", "config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +141,16 @@ OPTIONS: tuple[Option, ...] = (
         "speculative",
         "choice",
         "load",
-        "Speculative decoding; for now auto means off.",
+        "Guess tokens and check several in one step, where it pays.",
         "auto",
-        words=("auto", "off"),
+        words=("auto", "off", "ngram", "draft"),
+    ),
+    Option(
+        "draft_model",
+        "text",
+        "load",
+        "The smaller model that guesses with --speculative draft.",
+        metavar="NAME|PATH",
     ),
     Option(
         "threads",
@@ -251,8 +258,27 @@ OPTIONS: tuple[Option, ...] = (
         metavar="FILE|TEXT",
     ),
     Option("grammar", "text", "run", "The answer always fits this GBNF grammar.", metavar="FILE"),
+    Option(
+        "prompt_cache", "flag", "run", "Keep what was read on disk, and use what was kept.", False
+    ),
     Option("stats", "flag", "run", "Tokens and speed, on stderr.", False),
     Option("markdown", "switch", "chat", "Render answers as Markdown."),
+    Option(
+        "context_shift",
+        "flag",
+        "chat",
+        "Drop the oldest exchanges when the context is full.",
+        False,
+    ),
+    Option(
+        "prefix_gb",
+        "float",
+        "prefix",
+        "Disk space for what was read, in GB; 0 keeps nothing.",
+        2.0,
+        minimum=0,
+        maximum=100_000,
+    ),
 )
 
 OPTION_BY_KEY: Mapping[str, Option] = {option.key: option for option in OPTIONS}
@@ -291,6 +317,7 @@ class Settings:
     flash_attn: str = "auto"
     ubatch: int | None = None
     speculative: str = "auto"
+    draft_model: str | None = None
     threads: int | None = None
     model: str | None = None
     max_tokens: int | None = None
@@ -314,8 +341,11 @@ class Settings:
     raw: bool = False
     json_schema: str | None = None
     grammar: str | None = None
+    prompt_cache: bool = False
     stats: bool = False
     markdown: bool | None = None
+    context_shift: bool = False
+    prefix_gb: float = 2.0
     sources: Mapping[str, Source] = field(default_factory=dict, repr=False)
 
     def is_set(self, key: str) -> bool:

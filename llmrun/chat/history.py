@@ -3,13 +3,20 @@
 An answer that is tokenized again from its text can split into other tokens than the ones that were
 sampled, and from there on the cache of the conversation would be of no use. So the tokens of the
 last turn are kept, and when the next prompt begins with exactly its text, they are its beginning.
+What an earlier program run kept of a conversation is used in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrun.chat.protect import RenderedPrompt, Segment, tokenize_prompt, tokenize_segments
+from llmrun.chat.protect import (
+    RenderedPrompt,
+    Segment,
+    split_known,
+    tokenize_prompt,
+    tokenize_segments,
+)
 from llmrun.engine.types import Tokenizer
 
 
@@ -21,11 +28,22 @@ class TokenHistory:
         self._prompt: tuple[Segment, ...] = ()
         self._answer = ""
         self._tokens: tuple[int, ...] = ()
+        self._recalled: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Those of the last turn; none before the first."""
+        return self._tokens
+
+    def recall(self, tokens: Sequence[int]) -> None:
+        """What the conversation's tokens were when it was saved."""
+        self._recalled = tuple(tokens)
 
     def remember(
         self, prompt: RenderedPrompt, prompt_tokens: Sequence[int], answer_tokens: Sequence[int]
     ) -> None:
         """Keep a turn: its prompt, and the sampled tokens without an end token."""
+        self._tokens = (*prompt_tokens, *answer_tokens)
         answer = b"".join(self._tokenizer.piece(token) for token in answer_tokens)
         try:
             self._answer = answer.decode("utf-8")
@@ -33,14 +51,18 @@ class TokenHistory:
             self._prompt = ()
             return
         self._prompt = prompt.segments
-        self._tokens = (*prompt_tokens, *answer_tokens)
 
     def tokenize(self, prompt: RenderedPrompt) -> tuple[int, ...]:
         """The prompt's tokens, the last turn's where it begins with that."""
         rest = self._behind_last_turn(prompt)
-        if rest is None:
-            return tokenize_prompt(prompt, self._tokenizer)
-        return (*self._tokens, *tokenize_segments(rest, self._tokenizer, is_start=False))
+        if rest is not None:
+            return (*self._tokens, *tokenize_segments(rest, self._tokenizer, is_start=False))
+        if self._recalled:
+            n_known, rest = split_known(prompt, self._recalled, self._tokenizer)
+            if n_known:
+                known = self._recalled[:n_known]
+                return (*known, *tokenize_segments(rest, self._tokenizer, is_start=False))
+        return tokenize_prompt(prompt, self._tokenizer)
 
     def _behind_last_turn(self, prompt: RenderedPrompt) -> list[Segment] | None:
         """What follows the last turn in `prompt`; None when it does not begin with that turn.

@@ -190,6 +190,73 @@ def tokenize_segments(
     return tokens
 
 
+def split_known(
+    rendered: RenderedPrompt, known: Sequence[int], tokenizer: Tokenizer
+) -> tuple[int, list[Segment]]:
+    """How many of the tokens `known` the prompt can begin with, and the segments behind these.
+
+    They must spell the prompt's text, with the very control tokens in the places where it gets them
+    here, and with the very tokens of literals, so that other tokens of the same text never stand in
+    for these. Where `known` and the prompt part, all after the last control token is left to the
+    tokenizer: only there does every text split alike.
+    """
+    n = _n_unspelled(rendered, known, tokenizer)
+    safe: tuple[int, list[Segment]] = (0, [])
+    for i, segment in enumerate(rendered.segments if n is not None else ()):
+        assert n is not None
+        later = list(rendered.segments[i + 1 :])
+        own = tokenize_segments((segment,), tokenizer, is_start=i == 0)
+        if segment.is_literal:
+            if n + len(own) > len(known):
+                return (n, [segment, *later]) if n == len(known) else safe
+            if list(known[n : n + len(own)]) != own:
+                return safe
+            n += len(own)
+            continue
+        data, start = segment.text.encode("utf-8", "replace"), 0
+        controls = _places_of_controls(own, tokenizer)
+        while start < len(data):
+            if n == len(known):
+                if 0x80 <= data[start] < 0xC0:  # inside a character, which no token says
+                    return safe
+                return n, [Segment(data[start:].decode("utf-8", "replace"), False), *later]
+            token = known[n]
+            piece = tokenizer.piece(token) if 0 <= token < tokenizer.n_vocab else b""
+            end = start + len(piece)
+            wanted = [controls[place] for place in range(start, end) if place in controls]
+            has = [token] if tokenizer.is_control(token) else []
+            if not piece or not data.startswith(piece, start) or wanted != has:
+                return safe
+            n, start = n + 1, end
+            if has:
+                tail = data[start:].decode("utf-8", "replace")
+                safe = n, [*([Segment(tail, False)] if tail else []), *later]
+    return (n, []) if n == len(known) else safe
+
+
+def _n_unspelled(
+    rendered: RenderedPrompt, known: Sequence[int], tokenizer: Tokenizer
+) -> int | None:
+    """1 for a BOS in front that the text does not spell, 0 without one; None when `known` has not
+    what the prompt gets."""
+    bare = RenderedPrompt(rendered.segments[:1])
+    first = tokenize_segments(bare.segments, tokenizer, is_start=True)
+    n = len(tokenize_prompt(bare, tokenizer)) - len(first)
+    if n and list(known[:1]) != list(tokenize_prompt(bare, tokenizer)[:1]):
+        return None
+    return n
+
+
+def _places_of_controls(tokens: Sequence[int], tokenizer: Tokenizer) -> dict[int, int]:
+    """Where in the text, in bytes, control tokens begin."""
+    places, start = {}, 0
+    for token in tokens:
+        if tokenizer.is_control(token):
+            places[start] = token
+        start += len(tokenizer.piece(token))
+    return places
+
+
 def tokenize_plain(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens of plain text for a completion: BOS as the model wants it, no special token from
     the text itself."""

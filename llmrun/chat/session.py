@@ -166,6 +166,16 @@ class ChatSession:
             self._n_used = self._count(self._messages)
         return self._n_used
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The last turn as the engine read and wrote it; empty before the first."""
+        return self._history.tokens
+
+    def recall(self, tokens: Sequence[int]) -> None:
+        """The tokens that this conversation had when it was held: where they spell the same text,
+        the next prompt begins with them, so that the engine can use what it has of them."""
+        self._history.recall(tokens)
+
     # ---- changing it
 
     def set_system(self, text: str | None) -> None:

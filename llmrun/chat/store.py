@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,12 @@ def check_name(name: str) -> str:
 class SessionStore:
     """The saved conversations below `<state>/sessions`."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(
+        self, state_dir: Path, on_delete: Callable[[str], None] = lambda session_id: None
+    ) -> None:
+        """`on_delete` is told of every conversation that goes: what else is kept of it must go."""
         self.folder = state_dir / "sessions"
+        self._on_delete = on_delete
 
     def path_of(self, session_id: str) -> Path:
         """Where this session is or would be. Raises UsageError for a name that is not one."""
@@ -202,8 +206,10 @@ class SessionStore:
 
     def delete(self, session_id: str) -> None:
         """Raises NotFoundError."""
+        path = self.path_of(session_id)
+        self._on_delete(session_id)
         try:
-            self.path_of(session_id).unlink()
+            path.unlink()
         except FileNotFoundError:
             raise self._not_found(session_id) from None
 

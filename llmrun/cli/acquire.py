@@ -25,6 +25,7 @@ from llmrun.errors import GgufError, HubUnreachableError
 from llmrun.ui.progress import progress_for
 
 if TYPE_CHECKING:
+    from llmrun.bench.profile import Profile
     from llmrun.catalog.entries import CatalogEntry
     from llmrun.catalog.types import Lister, Resolved
     from llmrun.fit.plan import Plan, Wishes
@@ -40,7 +41,8 @@ HEADERS_FOLDER = "headers"
 class Acquired:
     """A model on disk whose header passed, with the plan to run it. `paths` are its files in
     order; `was_downloaded` is False for one that was here before. `wishes` and `machine`
-    are what the plan was made from."""
+    are what the plan was made from. `profile`: what the plan was changed to (see
+    `open_model.with_profile`). `draft_paths`: the files of the model that drafts for it."""
 
     resolved: Resolved
     info: ModelInfo
@@ -49,6 +51,8 @@ class Acquired:
     was_downloaded: bool
     wishes: Wishes
     machine: Machine
+    profile: Profile | None = None
+    draft_paths: tuple[Path, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -75,6 +79,7 @@ def wishes_of(settings: Settings, n_ctx_enough: int | None = None) -> Wishes:
         n_ubatch=settings.ubatch,
         n_threads=settings.threads,
         n_ctx_enough=n_ctx_enough,
+        speculative=settings.speculative,  # type: ignore[arg-type]
     )
 
 
@@ -171,6 +176,7 @@ def acquire(
     prefer_cache: bool = True,
     events: bool = False,
     projector: bool = False,
+    draft: bool = True,
 ) -> Acquired:
     """Get the model onto this machine, with a plan of this moment.
 
@@ -178,7 +184,9 @@ def acquire(
     is downloaded, unless `--force`. After a download the plan is made anew from what is free then,
     and it is for the caller to refuse it (`judge.require_fit`).
     `events`: the command streams JSON. `projector`: download that too, in the same transaction.
+    `draft`: also the model that drafts for it, where the settings want one.
     """
+    from llmrun.cli.draft import count_draft, fetch_draft, find_draft
     from llmrun.fit.plan import plan
     from llmrun.gguf.info import read_info
 
@@ -189,15 +197,21 @@ def acquire(
     needs_projector = projector and resolved.projector is not None
     if projector and resolved.projector is not None:
         wishes = _with_projector(wishes, resolved.projector, machine)
+    drafter = find_draft(invocation, resolved, hub) if draft else None
     if resolved.is_on_disk:
         info = read_model_info(invocation, resolved)
         assert info is not None
+        if drafter is not None:
+            wishes = count_draft(invocation, machine, drafter, info, wishes)
         made = plan_on_disk(invocation, machine, info, resolved.local_paths, wishes)
         require_fit(invocation, resolved, info, made, wishes, machine)
         if needs_projector:
             fetch(invocation, resolved, events, needs_projector)
         paths = resolved.local_paths
-        return Acquired(resolved, info, made, paths, needs_projector, wishes, machine)
+        draft_paths = fetch_draft(invocation, drafter, events)
+        return Acquired(
+            resolved, info, made, paths, needs_projector, wishes, machine, None, draft_paths
+        )
 
     def find(reference: str) -> tuple[Resolved, RemoteModel | None]:
         other = resolve_model(invocation, reference, prefer_cache=False, hub=hub)
@@ -206,6 +220,8 @@ def acquire(
     judged = None
     model = read_remote_model(invocation, resolved)
     if model is not None:
+        if drafter is not None:
+            wishes = count_draft(invocation, machine, drafter, model.info, wishes)
         judged = judge_download(invocation, resolved, model, wishes, machine, find)
         resolved = judged.resolved
         for note in judged.notes:
@@ -220,7 +236,8 @@ def acquire(
         made = plan(machine, info, wishes, allocator=judged.allocator)
     else:
         made = plan_on_disk(invocation, machine, info, paths, wishes)
-    return Acquired(resolved, info, made, paths, True, wishes, machine)
+    draft_paths = fetch_draft(invocation, drafter, events)
+    return Acquired(resolved, info, made, paths, True, wishes, machine, None, draft_paths)
 
 
 def _with_projector(wishes: Wishes, projector: RemoteFile, machine: Machine) -> Wishes:

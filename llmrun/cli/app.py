@@ -232,6 +232,7 @@ _VERBS = (
     "fit",
     "run",
     "chat",
+    "bench",
     "list",
     "show",
     "search",

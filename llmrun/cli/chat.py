@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmrun.chat.session import ChatSession
     from llmrun.chat.store import Conversation, SessionStore
     from llmrun.cli.open_model import OpenModel
+    from llmrun.cli.prefixes import ChatPrefixes
     from llmrun.fit.ranking import Ranked
     from llmrun.repl.state import Switched
 
@@ -36,6 +37,7 @@ def chat(
 ) -> int:
     """Talk to a model. Without MODEL: the configured one, else the last used."""
     from llmrun.chat.store import SessionStore
+    from llmrun.cli.prefixes import ChatPrefixes
 
     if invocation.settings.json:
         raise UsageError(
@@ -44,13 +46,14 @@ def chat(
         )
     if continue_ and resume is not None:
         raise UsageError("--continue and --resume cannot both be given")
-    saver = SessionStore(invocation.environment.state_dir)
+    models = _Models(invocation)
+    prefixes = ChatPrefixes(invocation, lambda: models.opened)
+    saver = SessionStore(invocation.environment.state_dir, prefixes.forget)
     conversation = saver.resume(resume) if resume else saver.latest() if continue_ else None
     text = model or (conversation.model if conversation else None) or default_model(invocation)
-    models = _Models(invocation)
     try:
         session = models.open(text, conversation)
-        return _talk(invocation, session, models, text, saver, conversation)
+        return _talk(invocation, session, models, text, saver, conversation, prefixes)
     finally:
         models.close()
 
@@ -62,6 +65,7 @@ def _talk(
     title: str,
     saver: SessionStore,
     conversation: Conversation | None,
+    prefixes: ChatPrefixes,
 ) -> int:
     from llmrun.repl.loop import Repl
     from llmrun.repl.prompt import make_line_reader
@@ -82,6 +86,8 @@ def _talk(
         saver=saver,
         conversation=conversation,
         fixed=fixed_settings(settings),
+        prefixes=prefixes,
+        drops_oldest=settings.context_shift,
         show_markdown=shows_markdown,
         think_mode="off" if settings.think is False else "hide" if settings.hide_thinking else "on",
     )
@@ -234,4 +240,4 @@ def recommend(invocation: Invocation) -> Ranked[CatalogEntry] | None:
 
 
 def add_to(app: typer.Typer) -> None:
-    register(app, "chat", chat, "hub", "load", "sampling", "prompt", "chat")
+    register(app, "chat", chat, "hub", "load", "sampling", "prompt", "chat", "prefix")

@@ -16,12 +16,15 @@ from llmrun.engine.types import (
     FinishEvent,
     ModelFacts,
     Request,
+    SavedPrefix,
     StreamLike,
     TextEvent,
     Tokenizer,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmrun.cli.acquire import Acquired
     from llmrun.cli.options import Invocation
     from llmrun.fit.plan import Plan
@@ -64,6 +67,16 @@ class WatchedEngine:
 
     def submit(self, request: Request) -> StreamLike:
         return _WatchedStream(self, self._engine.submit(request))
+
+    @property
+    def state_key(self) -> str:
+        return self._engine.state_key
+
+    def save_prefix(self, tokens: Sequence[int], max_bytes: int) -> SavedPrefix | None:
+        return self._engine.save_prefix(tokens, max_bytes)
+
+    def restore_prefix(self, saved: SavedPrefix) -> int:
+        return self._engine.restore_prefix(saved)
 
     def close(self) -> None:
         self._engine.close()

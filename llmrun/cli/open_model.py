@@ -6,22 +6,24 @@ import logging
 import queue
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from llmrun.cli.acquire import Acquired, acquire, wishes_of
 from llmrun.cli.judge import describe_change, plan_on_disk, require_fit
 from llmrun.cli.measure import WatchedEngine, read_resident_bytes, record_speed
 from llmrun.cli.options import Invocation
 from llmrun.cli.sampling import sampling_of
+from llmrun.config import Settings
 from llmrun.engine.types import EngineLike, EngineOptions, SamplingParams
-from llmrun.errors import LlmrunError, WillNotFitError
+from llmrun.errors import LlmrunError, UsageError, WillNotFitError
 from llmrun.ui.output import Output
 from llmrun.ui.progress import load_progress_for
 
 if TYPE_CHECKING:
     from llmrun.cli.services import Services
-    from llmrun.engine.types import LoadProgress
+    from llmrun.engine.types import LoadProgress, Speculative
 
 _MAX_RETRIES = 2
 
@@ -59,9 +61,42 @@ def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = 
             acquired.wishes,
             acquired.machine,
         )
+    acquired = with_profile(invocation, acquired)
     for reason in acquired.plan.reasons:
         invocation.output.detail(reason)
     return load_model(invocation, acquired)
+
+
+def with_profile(invocation: Invocation, acquired: Acquired) -> Acquired:
+    """The model with what `bench --tune` found for it here, where the user set nothing else. A
+    profile that would cost context, or does not fit now, is left alone."""
+    from llmrun.bench.profile import load_profile
+    from llmrun.cli.measure import build_name
+
+    settings, plan = invocation.settings, acquired.plan
+    state_dir = invocation.environment.state_dir
+    profile = load_profile(state_dir, acquired.machine, acquired.info, plan, build_name)
+    if profile is None:
+        return acquired
+    wishes = acquired.wishes
+    if not settings.is_set("ubatch"):
+        wishes = replace(wishes, n_ubatch=profile.n_ubatch)
+    if not settings.is_set("kv_type"):
+        wishes = replace(wishes, type_k=profile.kv_type, type_v=profile.kv_type)
+    try:
+        made = plan_on_disk(invocation, acquired.machine, acquired.info, acquired.paths, wishes)
+        is_worse = made.n_ctx < plan.n_ctx or (
+            made.verdict != plan.verdict and made.verdict != "fits"
+        )
+    except UsageError:  # a KV type that does not go with --flash-attn off
+        is_worse = True
+    if is_worse:
+        invocation.output.detail("the tuned profile does not fit beside the context: not used")
+        return acquired
+    if not settings.is_set("threads"):
+        made = replace(made, n_threads=profile.n_threads, n_threads_batch=profile.n_threads_batch)
+    invocation.output.detail("with the profile that llmrun bench --tune found for this model")
+    return replace(acquired, plan=made, profile=profile)
 
 
 def load_model(invocation: Invocation, acquired: Acquired) -> OpenModel:
@@ -89,7 +124,7 @@ def _load_smaller(invocation: Invocation, acquired: Acquired) -> tuple[Acquired,
     for n_retries in range(_MAX_RETRIES + 1):
         try:
             with load_progress_for(output) as on_progress:
-                return acquired, _load(services, acquired, on_progress)
+                return acquired, _load(services, acquired, on_progress, invocation.settings)
         except WillNotFitError as error:
             smaller = None
             if n_retries < _MAX_RETRIES:
@@ -120,9 +155,31 @@ def _shrink(invocation: Invocation, acquired: Acquired) -> Acquired | None:
     return replace(acquired, plan=made, wishes=wishes, machine=machine)
 
 
-def _load(services: Services, acquired: Acquired, on_progress: LoadProgress | None) -> EngineLike:
-    """Load the weights in a thread. This one meanwhile imports what comes next, and hears Ctrl-C,
-    which a C call would keep waiting."""
+def _load(
+    services: Services,
+    acquired: Acquired,
+    on_progress: LoadProgress | None,
+    settings: Settings | None = None,
+) -> EngineLike:
+    """Load the weights. This thread meanwhile imports what comes next."""
+    options = engine_options(acquired, settings)
+
+    def prepare() -> None:
+        import llmrun.chat.session  # noqa: F401 - ready by the time the weights are
+
+    return load_engine(services, acquired, options, on_progress, meanwhile=prepare)
+
+
+def load_engine(
+    services: Services,
+    acquired: Acquired,
+    options: EngineOptions,
+    on_progress: LoadProgress | None = None,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+) -> EngineLike:
+    """Load the model's files with `options` in a thread, so that this one hears Ctrl-C, which a C
+    call would keep waiting."""
     ended: queue.SimpleQueue[EngineLike | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 
@@ -131,19 +188,15 @@ def _load(services: Services, acquired: Acquired, on_progress: LoadProgress | No
 
     def load() -> None:
         try:
-            ended.put(
-                services.open_engine(
-                    acquired.paths, engine_options(acquired), acquired.info, goes_on
-                )
-            )
+            ended.put(services.open_engine(acquired.paths, options, acquired.info, goes_on))
         except BaseException as error:  # noqa: BLE001 - raised again below
             ended.put(error)
 
     thread = threading.Thread(target=load, name="llmrun-load", daemon=True)
     try:
         _start_undisturbed(thread)
-        import llmrun.chat.session  # noqa: F401 - ready by the time the weights are
-
+        if meanwhile is not None:
+            meanwhile()
         engine = ended.get()
     except BaseException:
         stopped.set()
@@ -181,8 +234,16 @@ def _close_when_loaded(ended: queue.SimpleQueue[EngineLike | BaseException]) -> 
         return
 
 
-def engine_options(acquired: Acquired) -> EngineOptions:
-    plan = acquired.plan
+def engine_options(acquired: Acquired, settings: Settings | None = None) -> EngineOptions:
+    """The plan's values, and what is the user's own choice. A number of threads that was asked for
+    is kept; one that was planned follows the load of the machine."""
+    from llmrun.fit.pools import HOST
+
+    plan, settings = acquired.plan, settings or Settings()
+    speculative = settings.speculative
+    if acquired.profile is not None and not settings.is_set("speculative"):
+        speculative = acquired.profile.speculative
+    on_gpu = plan.placement.companions_device not in (None, HOST)
     return EngineOptions(
         n_ctx=plan.n_ctx,
         n_gpu_layers=plan.n_gpu_layers,
@@ -196,6 +257,11 @@ def engine_options(acquired: Acquired) -> EngineOptions:
         n_threads_batch=plan.n_threads_batch,
         use_mmap=plan.use_mmap,
         use_repack=plan.use_repack,
+        steady_threads=settings.threads is None,
+        speculative=cast("Speculative", speculative),
+        draft_model=acquired.draft_paths,
+        draft_gpu_layers=-1 if on_gpu or not acquired.machine.devices else 0,
+        checkpoint_bytes=plan.checkpoint_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""`llmrun prune`: delete unfinished downloads and blobs that nothing refers to."""
+"""`llmrun prune`: delete unfinished downloads, blobs that nothing refers to, saved prefixes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from llmrun.ui.output import Output
 
 @dataclass(frozen=True, slots=True)
 class PruneRow:
-    """`kind`: partial (an unfinished download), record (its book-keeping) or blob. `size` is the
-    disk space it takes, `age_s` the seconds since it was last written."""
+    """`kind`: partial (an unfinished download), record (its book-keeping), blob, or prefix (what a
+    model has read, kept for the next run). `size` is the disk space it takes, `age_s` the seconds
+    since it was last written or, a prefix, used."""
 
     path: Path
     repo: str
@@ -58,23 +59,30 @@ def prune(
     invocation: Invocation,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
 ) -> PruneResult:
-    """Delete unfinished downloads and unused blobs.
+    """Delete unfinished downloads, unused blobs, saved prefixes.
 
-    Downloads that run now are left alone.
+    Downloads that run now are left alone. A conversation whose prefix is gone is read again.
     """
+    from llmrun.cli.prefixes import open_store
+
     store, output = invocation.services.store(), invocation.output
     orphans = store.orphans()
-    files = tuple(PruneRow(o.path, o.repo, o.kind, o.n_bytes, o.age_s) for o in orphans)
+    prefixes = open_store(invocation)
+    saved, now = prefixes.list(), invocation.services.now()
+    files = (
+        *(PruneRow(o.path, o.repo, o.kind, o.n_bytes, o.age_s) for o in orphans),
+        *(PruneRow(s.path, s.title, "prefix", s.n_bytes, max(0.0, now - s.used_s)) for s in saved),
+    )
     total = sum(file.size for file in files)
     if not files or dry_run:
         return PruneResult(files, total, 0, dry_run)
     n_partial = sum(file.kind == "partial" for file in files)
     question = (
         f"Delete {len(files)} files ({format_bytes(total)}), "
-        f"{n_partial} of them unfinished downloads?"
+        f"{n_partial} of them unfinished downloads, {len(saved)} saved prefixes?"
     )
     agreed = output.confirm(question, agreeing="llmrun prune --yes")
-    freed = store.prune(orphans) if agreed else 0
+    freed = store.prune(orphans) + prefixes.remove(saved) if agreed else 0
     return PruneResult(files, total, freed, False)
 
 

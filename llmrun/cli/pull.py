@@ -90,7 +90,13 @@ def pull(
     for text in models:
         try:
             acquired = acquire(
-                invocation, text, wishes, prefer_cache=False, events=True, projector=projector
+                invocation,
+                text,
+                wishes,
+                prefer_cache=False,
+                events=True,
+                projector=projector,
+                draft=False,
             )
         except LlmrunError as error:
             errors.append(error)

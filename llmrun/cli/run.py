@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmrun.chat.parsing import Delta
     from llmrun.chat.session import ChatSession
     from llmrun.cli.open_model import OpenModel
+    from llmrun.cli.prefixes import CachingEngine
     from llmrun.engine.types import FinishEvent
 
 # What a chat template adds to a prompt, generously, in tokens.
@@ -34,6 +35,8 @@ class UsageData:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,9 @@ def run(
     grammar = _grammar(invocation)
     opened = open_model(invocation, model, n_ctx_enough=_n_ctx_enough(settings, text))
     try:
+        cache = _cache_of(invocation, opened) if settings.prompt_cache else None
         session = ChatSession(
-            opened.engine,
+            cache or opened.engine,
             system=None if settings.raw else settings.system,
             sampling=replace(opened.sampling, grammar=grammar),
             max_tokens=settings.max_tokens,
@@ -99,6 +103,8 @@ def run(
                 _advise_on_overflow(error, opened)
                 raise
             finish = session.last_finish
+        if cache is not None:
+            cache.keep()
     finally:
         opened.close()
     if finish is None:
@@ -107,6 +113,16 @@ def run(
     if settings.stats:
         output.tell(stats_line(result))
     return _judge(result, output, settings, opened)
+
+
+def _cache_of(invocation: Invocation, opened: OpenModel) -> CachingEngine | None:
+    from llmrun.cli.prefixes import CachingEngine
+
+    try:
+        return CachingEngine(invocation, opened)
+    except OSError as error:
+        invocation.output.note(f"the prompt is not cached: {error}")
+        return None
 
 
 def _refuse_contradictions(settings: Settings) -> None:
@@ -257,7 +273,13 @@ def _result(opened: OpenModel, answer: _Answer, finish: FinishEvent) -> RunResul
         text=answer.text,
         thinking=answer.thinking or None,
         finish_reason=finish.reason,
-        usage=UsageData(usage.n_prompt, usage.n_completion, usage.n_cached),
+        usage=UsageData(
+            usage.n_prompt,
+            usage.n_completion,
+            usage.n_cached,
+            usage.n_drafted,
+            usage.n_accepted,
+        ),
         timings=TimingsData(
             load_s=round(opened.engine.load_s, 4),
             ttft_s=round(timings.ttft_s, 4),
@@ -297,13 +319,16 @@ def _judge_json(result: RunResult) -> Outcome:
 def stats_line(result: RunResult) -> str:
     usage, timings = result.usage, result.timings
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    guessed = ""
+    if usage.drafted_tokens:
+        guessed = f" ({usage.accepted_tokens} of {usage.drafted_tokens} guesses right)"
     return (
         f"{usage.prompt_tokens} prompt tokens{cached} at {timings.prompt_tok_s:.1f} tok/s, "
-        f"{usage.completion_tokens} tokens at {timings.decode_tok_s:.1f} tok/s, "
+        f"{usage.completion_tokens} tokens{guessed} at {timings.decode_tok_s:.1f} tok/s, "
         f"first after {format_duration(timings.ttft_s)}, "
         f"loaded in {format_duration(timings.load_s)}"
     )
 
 
 def add_to(app: typer.Typer) -> None:
-    register(app, "run", run, "hub", "load", "sampling", "prompt", "run")
+    register(app, "run", run, "hub", "load", "sampling", "prompt", "run", "prefix")

@@ -201,6 +201,7 @@ def _think(state: ReplState, rest: str) -> Outcome:
 
 def _clear(state: ReplState, rest: str) -> Outcome:
     state.save()
+    state.keep_prefix(is_last=True)
     state.session.clear()
     state.begin_conversation()
     state.screen.note("New conversation; the system message stays.")
@@ -270,10 +271,12 @@ def _load(state: ReplState, rest: str) -> Outcome:
         conversation = state.store.resume(rest)
     except NotFoundError as error:
         raise NotFoundError(error.message, why=error.why, hint="/list") from error
+    state.keep_prefix(is_last=True)
     state.put_messages(conversation.messages)
     state.begin_conversation()
     state.conversation = conversation
     restore_settings(state, conversation)
+    state.restore_prefix()
     note = state.screen.note
     note(f"Loaded {conversation.id}: {len(conversation.messages)} messages.")
     if conversation.model != state.model:
@@ -343,6 +346,7 @@ def _stats(state: ReplState, rest: str) -> Outcome:
         ("prompt", f"{usage.n_prompt} tokens, {usage.n_cached} of them from the cache, "
                    f"{timings.prompt_tok_s:.0f} tok/s"),
         ("answer", f"{usage.n_completion} tokens, {timings.decode_tok_s:.1f} tok/s"),
+        ("guesses", f"{usage.n_accepted} of {usage.n_drafted} right"),
         ("first token", f"after {format_duration(timings.ttft_s)}"),
         ("in all", format_duration(timings.total_s)),
         ("seed", str(finish.seed)),

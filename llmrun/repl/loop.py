@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from llmrun.chat.messages import Message
-from llmrun.chat.session import FALLBACK_NOTICE, ChatSession, OnPrompt
+from llmrun.chat.session import FALLBACK_NOTICE, ChatSession, Dropped, OnPrompt
 from llmrun.chat.store import Conversation, SessionStore
 from llmrun.errors import ContextOverflowError, LlmrunError
 from llmrun.repl.commands import complete_command, is_command, run_command, unescape_message
@@ -19,7 +19,7 @@ from llmrun.repl.parameters import restore_settings
 from llmrun.repl.prompt import LineReader
 from llmrun.repl.reply import Clock, Interrupts, LeaveNow, Reply, ReplyView, stats_line
 from llmrun.repl.screen import Screen
-from llmrun.repl.state import ReplState, SwitchModel, ThinkMode
+from llmrun.repl.state import PrefixKeeper, ReplState, SwitchModel, ThinkMode
 from llmrun.text import escape_line
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Repl:
 
     `saver` None: nothing is saved. `conversation` is the saved form of `session` when that goes on
     with one: its settings hold, but for those named in `fixed`, which the command line gave.
-    `list_models` gives the names that /model offers. The caller closes the session.
+    `list_models` gives the names that /model offers. `drops_oldest`: when the context is full, the
+    oldest exchanges go, and that is told, instead of asking. The caller closes the session.
     """
 
     def __init__(
@@ -59,10 +60,13 @@ class Repl:
         show_markdown: bool = True,
         think_mode: ThinkMode = "on",
         fixed: Collection[str] = (),
+        prefixes: PrefixKeeper | None = None,
+        drops_oldest: bool = False,
         clock: Clock = time.monotonic,
     ) -> None:
         self._screen = Screen(console, err_console, show_markdown=show_markdown)
         self._clock = clock
+        self._drops_oldest = drops_oldest
         self._interrupts = Interrupts(clock)
         self._has_save_failed = False
         self._n_failed = 0
@@ -77,9 +81,11 @@ class Repl:
             switch_model=switch_model,
             list_models=list_models,
             fixed=frozenset(fixed),
+            prefixes=prefixes,
         )
         if conversation is not None:
             restore_settings(self.state, conversation)
+            self.state.restore_prefix()
         if self.state.think_mode == "off" and session.can_think:
             session.enable_thinking = False
 
@@ -97,9 +103,9 @@ class Repl:
                 pass
         except LeaveNow:
             self._screen.clear_status()
-            self._save()
+            self._leave()
             return EXIT_INTERRUPTED
-        self._save()
+        self._leave()
         return 1 if self._n_failed and not read_line.is_interactive else 0
 
     # ---- lines
@@ -188,6 +194,8 @@ class Repl:
         def ask(on_prompt: OnPrompt) -> Iterator[Delta]:
             return self.state.session.send(text, on_prompt=on_prompt)
 
+        if self._drops_oldest and self._fits_alone(text):
+            self._tell_dropped(self.state.session.make_room(text))
         n_before = len(self.state.session.messages)
         try:
             try:
@@ -241,6 +249,7 @@ class Repl:
             reply = view.show(deltas, self._interrupts, keep)
         finally:
             self._save()
+        state.keep_prefix()
         self._tell_end(reply)
         if reply.is_interrupted and not self._read_line.is_interactive:
             raise LeaveNow  # a script's Ctrl-C means the script, not this answer
@@ -288,6 +297,9 @@ class Repl:
         )
         if session.n_ctx < session.engine.facts.n_ctx_train:
             screen.note(f"For longer ones start with llmrun chat --ctx {2 * session.n_ctx}.")
+        if self._drops_oldest:
+            screen.note("The oldest exchanges go with your next message.")
+            return
         self._choose_room(None)
 
     def _make_room(self, error: ContextOverflowError, text: str) -> bool:
@@ -325,7 +337,7 @@ class Repl:
 
     def _choose_room(self, text: str | None) -> bool:
         """Ask what goes: to send `text`, or, when that is None, to go on at all."""
-        session, screen = self.state.session, self._screen
+        session = self.state.session
         if not self._read_line.is_interactive:
             return False
         can_drop = text is not None or sum(m.role == "user" for m in session.messages) > 1
@@ -347,15 +359,24 @@ class Repl:
                 self._prefill = typed
                 return False
         if answer == "d":
-            dropped = session.make_room(text) if text is not None else session.drop_oldest()
-            screen.note(f"Dropped {dropped.n_messages} messages ({dropped.n_tokens} tokens).")
+            self._tell_dropped(
+                session.make_room(text) if text is not None else session.drop_oldest()
+            )
             return True
         if answer == "c":
             run_command(self.state, "/clear")
             return True
         return False
 
+    def _tell_dropped(self, dropped: Dropped) -> None:
+        if dropped.n_messages:
+            self._screen.note(f"Dropped {dropped.n_messages} messages ({dropped.n_tokens} tokens).")
+
     # ---- saving
+
+    def _leave(self) -> None:
+        self._save()
+        self.state.keep_prefix(is_last=True)
 
     def _save(self, *, is_quiet: bool = False) -> None:
         """Save the conversation; a failure is told once, unless `is_quiet`, and does not end the

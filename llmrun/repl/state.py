@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from llmrun.chat.messages import Message
 from llmrun.chat.session import ChatSession
@@ -27,6 +27,16 @@ class Switched:
 
     session: ChatSession
     error: LlmrunError | None = None
+
+
+class PrefixKeeper(Protocol):
+    """Keeps what the engine has read of a conversation for the next time it is opened."""
+
+    def restore(self, session: ChatSession, conversation_id: str) -> None:
+        """Give the engine what was kept of this conversation, if anything was."""
+
+    def keep(self, session: ChatSession, conversation_id: str, *, is_last: bool) -> None:
+        """After a turn, or (`is_last`) before the conversation is left."""
 
 
 SwitchModel = Callable[[str], Switched]
@@ -66,6 +76,7 @@ class ReplState:
     n_tokens_total: int = 0
     busy_s_total: float = 0.0
     fixed: frozenset[str] = frozenset()
+    prefixes: PrefixKeeper | None = None
     base_sampling: SamplingParams = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +115,16 @@ class ReplState:
                 settings=self._settings(),
             )
         )
+
+    def keep_prefix(self, *, is_last: bool = False) -> None:
+        """See `PrefixKeeper.keep`; nothing for a conversation that is not saved."""
+        if self.prefixes is not None and self.conversation is not None:
+            self.prefixes.keep(self.session, self.conversation.id, is_last=is_last)
+
+    def restore_prefix(self) -> None:
+        """See `PrefixKeeper.restore`."""
+        if self.prefixes is not None and self.conversation is not None:
+            self.prefixes.restore(self.session, self.conversation.id)
 
     def begin_conversation(self) -> None:
         """What follows is saved under a new name."""

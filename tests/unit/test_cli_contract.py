@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmrun import errors
-from llmrun.cli import doctor, prune, pull, rm, run, search, show, verify
+from llmrun.cli import bench_result, doctor, prune, pull, rm, run, search, show, verify
 from llmrun.cli import list as list_verb
 from llmrun.cli.config import ConfigChangeResult, ConfigPathResult, ConfigResult, SettingRow
 from llmrun.ui.output import Result
@@ -20,7 +20,7 @@ from tests.fakes.cli import Cli
 
 KEYS = {
     run.RunResult: "model text thinking finish_reason usage timings",
-    run.UsageData: "prompt_tokens completion_tokens cached_tokens",
+    run.UsageData: "prompt_tokens completion_tokens cached_tokens drafted_tokens accepted_tokens",
     run.TimingsData: "load_s ttft_s prompt_tok_s decode_tok_s",
     pull.PullResult: "models",
     pull.PulledModel: "model path files size quant commit origin downloaded fit",
@@ -53,6 +53,12 @@ KEYS = {
     doctor.MemoryData: "total available source",
     doctor.DeviceData: "name description backend free total shared",
     doctor.BuildData: "llmrun python binding llama_cpp backends features path",
+    bench_result.BenchResult: "runs comparison profile report",
+    bench_result.BenchHistoryResult: "runs",
+    bench_result.BenchCompareResult: "a b rows differences",
+    bench_result.CompareRow: "name unit a b ratio low high verdict note",
+    bench_result.DifferenceRow: "what a b",
+    bench_result.ProfileData: "threads threads_batch ubatch kv_type speculative gain path",
     ConfigResult: "path settings",
     SettingRow: "key value source origin",
     ConfigPathResult: "path exists",
@@ -67,7 +73,7 @@ def test_keys_of_json_data(kind: type) -> None:
 
 
 def test_every_result_of_a_command_is_pinned() -> None:
-    modules = (run, pull, list_verb, show, rm, verify, prune, search, doctor)
+    modules = (run, pull, list_verb, show, rm, verify, prune, search, doctor, bench_result)
     for module in modules:
         for value in vars(module).values():
             is_own = isinstance(value, type) and value.__module__ == module.__name__
@@ -90,6 +96,8 @@ def test_exit_codes_of_errors() -> None:
         "GgufError": (7, "bad_gguf"),
         "ContextOverflowError": (1, "context_length_exceeded"),
         "EngineError": (1, "engine"),
+        "ServerError": (1, "server"),
+        "ServerUnreachableError": (6, "server_unreachable"),
         "TemplateError": (1, "template"),
     }  # fmt: skip
 
@@ -144,6 +152,7 @@ def test_help_and_version(tmp_path: Path) -> None:
         "fit",
         "run",
         "chat",
+        "bench",
         "list",
         "show",
         "search",
@@ -162,7 +171,7 @@ def test_help_and_version(tmp_path: Path) -> None:
     assert version.code == 0 and version.out.startswith("llmrun ") and version.out.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "pull"])
+@pytest.mark.parametrize("command", ["run", "chat", "pull", "bench"])
 def test_shared_load_flags(command: str, tmp_path: Path) -> None:
     out = Cli(tmp_path)(command, "--help").out
     flags = ["ctx", "gpu-layers", "kv-type", "flash-attn", "speculative", "threads", "force"]

@@ -31,7 +31,7 @@ class SlowLoad:
 
 @pytest.mark.parametrize("n_signals", [1, 3])
 def test_an_interrupted_load_is_stopped_and_waited_for(monkeypatch, n_signals):
-    monkeypatch.setattr(open_model, "engine_options", lambda acquired: None)
+    monkeypatch.setattr(open_model, "engine_options", lambda *_args: None)
     services = SlowLoad(n_signals)
     with pytest.raises(KeyboardInterrupt):
         open_model._load(services, SimpleNamespace(paths=(), info=None), None)
@@ -39,7 +39,7 @@ def test_an_interrupted_load_is_stopped_and_waited_for(monkeypatch, n_signals):
 
 
 def test_an_error_of_the_load_reaches_the_caller(monkeypatch):
-    monkeypatch.setattr(open_model, "engine_options", lambda acquired: None)
+    monkeypatch.setattr(open_model, "engine_options", lambda *_args: None)
 
     def fail(*_args):
         raise ValueError("no such model")

@@ -7,9 +7,12 @@ import io
 import json
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from llmrun.cli import acquire
+from llmrun.cli.run import RunResult, TimingsData, UsageData, stats_line
 from llmrun.errors import EngineError
 from tests.fakes.cli import Cli
 from tests.fakes.fake_engine import FakeEngine, fake_facts
@@ -77,6 +80,7 @@ def test_json_has_these_keys_and_nothing_else(tmp_path: Path) -> None:
             "usage": {
                 "prompt_tokens": len(cli.engine.requests[0].prompt),
                 "completion_tokens": len("<think>hm</think>Yes."), "cached_tokens": 0,
+                "drafted_tokens": 0, "accepted_tokens": 0,
             },
             "timings": {
                 "load_s": 0.25, "ttft_s": 0.05, "prompt_tok_s": 500.0, "decode_tok_s": 50.0,
@@ -141,6 +145,52 @@ def test_load_options_reach_the_engine(tmp_path: Path) -> None:
     assert (options.n_ctx, options.n_gpu_layers, options.flash_attn) == (512, 0, "on")
     assert (options.type_k, options.type_v) == ("bf16", "bf16")
     assert (options.n_threads, options.n_threads_batch) == (2, 2)
+    assert (options.steady_threads, options.speculative) == (False, "off")
+
+
+def test_threads_follow_the_machine_unless_a_number_is_given(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    assert cli("run", cli.model(), "Hi", "--speculative", "ngram").code == 0
+    options = cli.services.opened[0][1]
+    assert (options.steady_threads, options.speculative) == (True, "ngram")
+
+
+def test_a_draft_model_is_counted_in_and_opened_beside(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    target, draft = cli.model(), cli.model("small-Q8_0.gguf")
+    words = ("run", target, "Hi", "--speculative", "draft", "--draft-model", draft)
+    assert cli(*words).code == 0
+    options = cli.services.opened[0][1]
+    assert options.speculative == "draft" and options.draft_model == (Path(draft),)
+    # It takes as much again as the model itself.
+    plans = []
+    with patch.object(acquire, "plan_on_disk", side_effect=acquire.plan_on_disk) as planned:
+        for more in ((), ("--speculative", "draft", "--draft-model", draft)):
+            assert cli("run", target, "Hi", *more).code == 0
+            plans.append(planned.call_args.args[-1])
+    assert plans[0].companions_bytes == 0
+    assert plans[1].companions_bytes > Path(draft).stat().st_size
+    assert plans[1].speculative == "draft"
+
+
+def test_what_cannot_draft_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    cli = Cli(tmp_path)
+    target = cli.model()
+    cases = [
+        (cli.model("other.gguf", n_vocab=600), "another vocabulary"),
+        (cli.model("embedder.gguf", metadata={"llama.pooling_type": 1}), "cannot draft"),
+    ]
+    for draft, words in cases:
+        run = cli("run", target, "Hi", "--speculative", "draft", "--draft-model", draft)
+        assert run.code == 2 and words in run.err
+    assert not cli.services.opened
+
+
+def test_guesses_are_told(tmp_path: Path) -> None:
+    result = RunResult(
+        "m", "x", None, "stop", UsageData(5, 9, 0, 8, 6), TimingsData(0.1, 0.1, 1.0, 2.0)
+    )
+    assert "9 tokens (6 of 8 guesses right) at" in stats_line(result)
 
 
 def test_a_model_that_is_forced_is_mapped_and_not_copied(tmp_path: Path) -> None:
@@ -238,6 +288,8 @@ def test_json_cut_short_is_a_failure(tmp_path: Path) -> None:
         (["--json-schema", "{}", "--grammar", "x"], 2),
         (["--temperature", "hot"], 2),
         (["--speculative", "draft"], 2),
+        (["--speculative", "draft", "--draft-model", "/no/such.gguf"], 3),
+        (["--draft-model", "smollm2-135m"], 2),
         (["--no-such-flag"], 2),
     ],
 )
