@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from llmrun.engine.drafter import DraftModel
 from llmrun.engine.ngram import CopyModel
 from llmrun.engine.sequence import Phase, Sequence
 from llmrun.engine.speculate import StepCosts, choose_lengths
+
+if TYPE_CHECKING:
+    from llmrun.engine.drafter import DraftModel
 
 # Room in the cache was too short for guesses: so many steps without any.
 _PAUSE_STEPS = 8

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, TypeVar
 from llmrun.engine.answers import Answers
 from llmrun.engine.backend import Backend
 from llmrun.engine.core import Core
-from llmrun.engine.drafter import DraftModel
 from llmrun.engine.drafting import Drafter
 from llmrun.engine.governor import Governor
 from llmrun.engine.pace import Pace
@@ -40,6 +39,7 @@ from llmrun.engine.types import (
 from llmrun.errors import ContextOverflowError, EngineError, LlmrunError, UsageError
 
 if TYPE_CHECKING:
+    from llmrun.engine.drafter import DraftModel
     from llmrun.gguf.types import ModelInfo
 
 T = TypeVar("T")
@@ -94,6 +94,8 @@ class Engine:
         if speculative == "draft":
             if draft_backend is None:
                 raise UsageError("no draft model is named", hint="pass --draft-model NAME")
+            from llmrun.engine.drafter import DraftModel
+
             self._draft_model = DraftModel(
                 draft_backend, backend, clock=clock, steady_threads=steady_threads
             )
