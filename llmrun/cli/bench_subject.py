@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from llmrun.bench.ablation import OtherQuant
 from llmrun.bench.runner import Subject, Suite
 from llmrun.bench.tune import Choice
-from llmrun.cli.acquire import Acquired, acquire, wishes_of
-from llmrun.cli.judge import plan_on_disk, require_fit
-from llmrun.cli.open_model import engine_options, load_engine, route_logs, with_profile
+from llmrun.cli.acquire import Acquired
+from llmrun.cli.judge import plan_on_disk
+from llmrun.cli.open_model import engine_options, get_model, load_engine, route_logs, with_profile
 from llmrun.cli.options import Invocation
 from llmrun.engine.types import EngineLike, EngineOptions, KvType
 from llmrun.errors import LlmrunError
@@ -76,16 +76,7 @@ def prepare(
     from llmrun.cli.measure import build_name
 
     settings = invocation.settings
-    acquired = acquire(invocation, text, wishes_of(settings, n_ctx_enough))
-    if acquired.was_downloaded:
-        require_fit(
-            invocation,
-            acquired.resolved,
-            acquired.info,
-            acquired.plan,
-            acquired.wishes,
-            acquired.machine,
-        )
+    acquired = get_model(invocation, text, n_ctx_enough)
     machine = _with_bandwidth(acquired.machine)
     acquired = replace(acquired, machine=machine)
     if profile:

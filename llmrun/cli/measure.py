@@ -10,21 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrun.engine.types import (
-    EngineLike,
-    Event,
-    FinishEvent,
-    ModelFacts,
-    Request,
-    SavedPrefix,
-    StreamLike,
-    TextEvent,
-    Tokenizer,
-)
+from llmrun.cli.wrapped_engine import WrappedEngine
+from llmrun.engine.types import EngineLike, Event, FinishEvent, Request, StreamLike, TextEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from llmrun.cli.acquire import Acquired
     from llmrun.cli.options import Invocation
     from llmrun.fit.plan import Plan
@@ -39,47 +28,18 @@ MIN_TOKENS = 32
 _UNDISTURBED = 0.8
 
 
-class WatchedEngine:
+class WatchedEngine(WrappedEngine):
     """An engine that remembers the end of its last answer of MIN_TOKENS tokens or more, and how
     many cores computed while its text came (0.0 where that is not known). See
     `engine.types.EngineLike`."""
 
     def __init__(self, engine: EngineLike) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self.last_finish: FinishEvent | None = None
         self.last_n_cores = 0.0
 
-    @property
-    def facts(self) -> ModelFacts:
-        return self._engine.facts
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._engine.tokenizer
-
-    @property
-    def n_ctx(self) -> int:
-        return self._engine.n_ctx
-
-    @property
-    def load_s(self) -> float:
-        return self._engine.load_s
-
     def submit(self, request: Request) -> StreamLike:
         return _WatchedStream(self, self._engine.submit(request))
-
-    @property
-    def state_key(self) -> str:
-        return self._engine.state_key
-
-    def save_prefix(self, tokens: Sequence[int], max_bytes: int) -> SavedPrefix | None:
-        return self._engine.save_prefix(tokens, max_bytes)
-
-    def restore_prefix(self, saved: SavedPrefix) -> int:
-        return self._engine.restore_prefix(saved)
-
-    def close(self) -> None:
-        self._engine.close()
 
 
 class _WatchedStream:

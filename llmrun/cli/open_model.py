@@ -50,6 +50,14 @@ def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = 
     `n_ctx_enough`: a context beyond which this run gains nothing (see `fit.plan.Wishes`).
     Raises every LlmrunError on the way, before anything is loaded where that can be known.
     """
+    acquired = with_profile(invocation, get_model(invocation, text, n_ctx_enough))
+    for reason in acquired.plan.reasons:
+        invocation.output.detail(reason)
+    return load_model(invocation, acquired)
+
+
+def get_model(invocation: Invocation, text: str, n_ctx_enough: int | None) -> Acquired:
+    """The model `text` on this machine, judged again when it had to be downloaded."""
     acquired = acquire(invocation, text, wishes_of(invocation.settings, n_ctx_enough))
     if acquired.was_downloaded:
         # What is free may have changed while the download ran.
@@ -61,10 +69,7 @@ def open_model(invocation: Invocation, text: str, *, n_ctx_enough: int | None = 
             acquired.wishes,
             acquired.machine,
         )
-    acquired = with_profile(invocation, acquired)
-    for reason in acquired.plan.reasons:
-        invocation.output.detail(reason)
-    return load_model(invocation, acquired)
+    return acquired
 
 
 def with_profile(invocation: Invocation, acquired: Acquired) -> Acquired:

@@ -6,13 +6,14 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from llmrun.cli.wrapped_engine import WrappedEngine
 from llmrun.engine.radix import common_prefix
 from llmrun.engine.state_store import Match, PrefixKey, StateStore, hash_text, identify_files
-from llmrun.engine.types import ModelFacts, Request, SavedPrefix, StreamLike, Tokenizer
+from llmrun.engine.types import Request, StreamLike
 from llmrun.errors import LlmrunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from llmrun.chat.session import ChatSession
     from llmrun.cli.open_model import OpenModel
@@ -44,39 +45,19 @@ def key_of(opened: OpenModel) -> PrefixKey:
     )
 
 
-class CachingEngine:
+class CachingEngine(WrappedEngine):
     """An engine for one prompt: before it is read, the longest saved prefix is put back. `keep`
     saves it afterwards. See `engine.types.EngineLike`; the caller closes the model."""
 
     def __init__(self, invocation: Invocation, opened: OpenModel) -> None:
         """Raises OSError like `key_of`."""
+        super().__init__(opened.engine)
         self._output = invocation.output
         self._opened = opened
-        self._engine = opened.engine
         self._store = open_store(invocation)
         self._key = key_of(opened)
         self._match: Match | None = None
         self._prompt: tuple[int, ...] = ()
-
-    @property
-    def facts(self) -> ModelFacts:
-        return self._engine.facts
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._engine.tokenizer
-
-    @property
-    def n_ctx(self) -> int:
-        return self._engine.n_ctx
-
-    @property
-    def load_s(self) -> float:
-        return self._engine.load_s
-
-    @property
-    def state_key(self) -> str:
-        return self._engine.state_key
 
     def submit(self, request: Request) -> StreamLike:
         self._prompt = request.prompt
@@ -89,12 +70,6 @@ class CachingEngine:
             # The model forgets, and two prompts have parted there: others will as well.
             request = replace(request, come_back_to=(match.n_common,))
         return self._engine.submit(request)
-
-    def save_prefix(self, tokens: Sequence[int], max_bytes: int) -> SavedPrefix | None:
-        return self._engine.save_prefix(tokens, max_bytes)
-
-    def restore_prefix(self, saved: SavedPrefix) -> int:
-        return self._engine.restore_prefix(saved)
 
     def keep(self) -> None:
         """Save what the engine has read, if that is worth a file."""

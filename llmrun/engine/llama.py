@@ -131,10 +131,15 @@ class LlamaBackend:
         self.n_threads: int = C.llama_n_threads(self._ctx)
         self.n_threads_batch: int = C.llama_n_threads_batch(self._ctx)
         self.n_outputs_max: int = _count_outputs(options, self.facts)
-        self.state_key = _describe_states(C, model, options, self.n_ctx)
+        self._state_settings = _describe_states(C, model, options, self.n_ctx)
         self._decode = C.llama_decode
         self._rows = _BatchRows(C, self.n_batch)
         self._install_abort_flag()
+
+    @property
+    def state_key(self) -> str:
+        # Told when it is asked: most runs keep no state, and a version is slow to look up.
+        return f"{_describe_build(self._C)} {self._state_settings}"
 
     def decode(self, chunks: Sequence[Chunk]) -> DecodeResult:
         rows = self._rows
@@ -387,16 +392,20 @@ def _count_outputs(options: EngineOptions, facts: ModelFacts) -> int:
 
 
 def _describe_states(C: Any, model: Any, options: EngineOptions, n_ctx: int) -> str:
-    """See `Backend.state_key`. The library itself refuses most that does not match, but not all."""
-    # The format is tied to the library's very build. A package that was built here anew has the
-    # same version, but not the same file.
-    library = Path(C._lib._name).stat()
-    build = f"{_binding_version()}/{C.LLAMA_STATE_SEQ_VERSION}/{library.st_size}"
+    """The settings in `Backend.state_key`. The library itself refuses most that does not match, but
+    not all."""
     cache = f"{options.type_k}/{options.type_v}/{options.flash_attn}"
     # Of two sets of rotation factors llama.cpp takes the one for long contexts beyond this.
     n_original = _read_meta(C, model, "{}.rope.scaling.original_context_length")
     is_long = n_original.isdecimal() and n_ctx > int(n_original)
-    return f"{build} {cache} {'long' if is_long else 'short'}"
+    return f"{cache} {'long' if is_long else 'short'}"
+
+
+def _describe_build(C: Any) -> str:
+    """The library's very build, to which the format of states is tied. A package that was built
+    here anew has the same version, but not the same file."""
+    library = Path(C._lib._name).stat()
+    return f"{_binding_version()}/{C.LLAMA_STATE_SEQ_VERSION}/{library.st_size}"
 
 
 def _binding_version() -> str:
