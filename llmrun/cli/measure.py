@@ -6,12 +6,21 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrun.cli.wrapped_engine import WrappedEngine
-from llmrun.engine.types import EngineLike, Event, FinishEvent, Request, StreamLike, TextEvent
+from llmrun.engine.types import (
+    EngineCounters,
+    EngineLike,
+    Event,
+    FinishEvent,
+    Request,
+    StreamLike,
+    TextEvent,
+)
 
 if TYPE_CHECKING:
     from llmrun.cli.acquire import Acquired
@@ -29,8 +38,8 @@ _UNDISTURBED = 0.8
 
 
 class WatchedEngine(WrappedEngine):
-    """An engine that remembers the end of its last answer of MIN_TOKENS tokens or more, and how
-    many cores computed while its text came (0.0 where that is not known). See
+    """An engine that remembers the end of its last answer of MIN_TOKENS tokens or more that it gave
+    alone, and how many cores computed while its text came (0.0 where that is not known). See
     `engine.types.EngineLike`."""
 
     def __init__(self, engine: EngineLike) -> None:
@@ -39,13 +48,15 @@ class WatchedEngine(WrappedEngine):
         self.last_n_cores = 0.0
 
     def submit(self, request: Request) -> StreamLike:
-        return _WatchedStream(self, self._engine.submit(request))
+        before = self._engine.counters
+        return _WatchedStream(self, self._engine.submit(request), before)
 
 
 class _WatchedStream:
-    def __init__(self, engine: WatchedEngine, stream: StreamLike) -> None:
+    def __init__(self, engine: WatchedEngine, stream: StreamLike, before: EngineCounters) -> None:
         self._engine = engine
         self._stream = stream
+        self._before = before
         self._start: tuple[float, float] | None = None
 
     def __iter__(self) -> _WatchedStream:
@@ -53,13 +64,31 @@ class _WatchedStream:
 
     def __next__(self) -> Event:
         event = next(self._stream)
+        self._watch(event)
+        return event
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        self._stream.listen(listener)
+
+    def take(self) -> list[Event]:
+        events = self._stream.take()
+        for event in events:
+            self._watch(event)
+        return events
+
+    def _watch(self, event: Event) -> None:
         if isinstance(event, FinishEvent):
-            if event.usage.n_completion >= MIN_TOKENS:
+            if event.usage.n_completion >= MIN_TOKENS and self._was_alone():
                 self._engine.last_finish = event
                 self._engine.last_n_cores = self._count_cores()
         elif self._start is None and isinstance(event, TextEvent):
             self._start = time.perf_counter(), time.process_time()
-        return event
+
+    def _was_alone(self) -> bool:
+        """Whether no other request was worked on meanwhile: with company each is slower."""
+        before, after = self._before, self._engine.counters
+        n_others = before.n_running + before.n_waiting
+        return n_others == 0 and after.n_requests - before.n_requests <= 1
 
     def _count_cores(self) -> float:
         if self._start is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmrun.engine.types import (
+    EngineCounters,
     EngineLike,
     ModelFacts,
     Request,
@@ -35,6 +36,10 @@ class WrappedEngine:
     @property
     def load_s(self) -> float:
         return self._engine.load_s
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self._engine.counters
 
     @property
     def state_key(self) -> str:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from llmrun.engine.backend import Backend, Sampler
 from llmrun.engine.sequence import Phase, Sequence
 from llmrun.engine.stream import Stream
-from llmrun.engine.types import FinishEvent, FinishReason, PromptEvent, TextEvent
+from llmrun.engine.types import (
+    FinishEvent,
+    FinishReason,
+    PromptEvent,
+    Request,
+    TextEvent,
+    TokenLogprob,
+)
 
 # Text is handed out at most this often: to wake the reader costs more than all else around a
 # token, and nobody sees more than thirty updates a second.
@@ -18,14 +25,16 @@ _UNSEEN = b"unseen"  # no piece: compared by identity, so not one byte (Python s
 
 class Answers:
     """The readers' side of all requests. Runs in the engine's thread, but for `streams`, which
-    `Engine.submit` adds to under the engine's lock."""
+    `Engine.submit` adds to under the engine's lock. `n_completion`: tokens sampled so far."""
 
     def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
         self._backend = backend
         self._clock = clock
         self.streams: dict[Sequence, Stream] = {}
+        self.n_completion = 0
         # Bytes of the tokens seen so far, without and with the text of control tokens.
         self._pieces: tuple[dict[int, bytes | None], dict[int, bytes | None]] = ({}, {})
+        self._whole_pieces: dict[int, bytes] = {}
 
     def new_sampler(self, sequence: Sequence) -> Sampler:
         """Raises UsageError for numbers or a grammar that cannot be used."""
@@ -59,6 +68,9 @@ class Answers:
         sequence.last_token_s = now
         if sequence.token_times is not None:
             sequence.token_times.append(now - sequence.submitted_s)
+        if sequence.pending_logprobs is not None:
+            sequence.pending_logprobs.append(self._read_logprob(request, row, token))
+        self.n_completion += 1
         tokens = sequence.tokens
         tokens.append(token)
         sequence.pending_tokens.append(token)
@@ -120,8 +132,32 @@ class Answers:
         self._pieces[show_special][token] = piece
         return piece
 
+    def _read_logprob(self, request: Request, row: int, token: int) -> TokenLogprob:
+        assert request.n_logprobs is not None
+        logprob, top = self._backend.logprobs(row, token, request.n_logprobs)
+        return TokenLogprob(
+            token,
+            self._whole_piece(token),
+            logprob,
+            tuple((other, self._whole_piece(other), chance) for other, chance in top),
+        )
+
+    def _whole_piece(self, token: int) -> bytes:
+        """The token's bytes; special tokens as their text, whatever the request shows."""
+        piece = self._whole_pieces.get(token)
+        if piece is None:
+            piece = self._whole_pieces[token] = self._backend.tokenizer.piece(token)
+        return piece
+
     def _emit_text(self, sequence: Sequence) -> None:
-        event = TextEvent(sequence.pending_text, tuple(sequence.pending_tokens))
+        logprobs = sequence.pending_logprobs
+        event = TextEvent(
+            sequence.pending_text,
+            tuple(sequence.pending_tokens),
+            () if logprobs is None else tuple(logprobs),
+        )
         sequence.pending_text = ""
         sequence.pending_tokens.clear()
+        if logprobs is not None:
+            logprobs.clear()
         self.streams[sequence].put(event)

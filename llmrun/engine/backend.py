@@ -98,6 +98,12 @@ class Backend(Protocol):
     def new_sampler(self, params: SamplingParams, seed: int) -> Sampler:
         """Raises UsageError for a grammar that does not parse."""
 
+    def logprobs(self, row: int, token: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
+        """The log probability of `token` by row `row` of the last decode, and the `n_top` likeliest
+        tokens with theirs, the likeliest first, fewer where fewer are possible. By the model's own
+        logits, whatever the sampler does; never below NO_LOGPROB, and that for all where the
+        logits hold a NaN."""
+
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Drop positions [p0, p1) (-1: open end). False: a partial removal is impossible here."""
 

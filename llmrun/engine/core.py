@@ -22,7 +22,8 @@ from llmrun.errors import LlmrunError
 class Core:
     """The requests of one engine on their way through one backend. Lives in the engine's thread.
 
-    `nothing_new` says that no request waits to be taken in; it is asked between two tokens.
+    `nothing_new` says that no request waits to be taken in; it is asked between two tokens. Of the
+    totals `n_…` see `engine.types.EngineCounters`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Core:
         self.active: list[Sequence] = []
         # A request lost its slot for want of cells: none comes in before another has left.
         self._crowded = False
+        self.n_requests = self.n_prompt = self.n_cached = self.n_drafted = self.n_accepted = 0
 
     def run_once(self) -> None:
         """One step, or the steps of a single answer until something else comes up."""
@@ -57,6 +59,8 @@ class Core:
         has_draft = self._drafter is not None and self._drafter.plan(active)
         if len(active) == 1 and active[0].phase is Phase.DECODE and not has_draft:
             self._decode_alone(active[0])
+            # One token is always ahead of what was decoded.
+            self._pace.end_alone(active[0].n_past + 1)
         else:
             self._step()
         active[:] = [sequence for sequence in active if sequence.phase is not Phase.FINISHED]
@@ -96,6 +100,9 @@ class Core:
             if sequence.started_s is None:
                 sequence.started_s = self._clock()
                 sequence.n_cached = sequence.n_past
+                self.n_requests += 1
+                self.n_prompt += sequence.n_prompt
+                self.n_cached += sequence.n_cached
 
     def _step(self) -> None:
         backend = self._backend
@@ -135,6 +142,7 @@ class Core:
         first that was guessed otherwise. Each is the model's own choice after those before it."""
         draft, sequence.draft = sequence.draft, []
         sequence.n_drafted += len(draft)
+        n_before = sequence.n_accepted
         seq_id = sequence.seq_id
         for i in range(len(draft) + 1):
             sequence.n_past += 1
@@ -144,6 +152,8 @@ class Core:
             if i == len(draft) or sequence.tokens[-1] != draft[i]:
                 break
             sequence.n_accepted += 1
+        self.n_drafted += len(draft)
+        self.n_accepted += sequence.n_accepted - n_before
         if i < len(draft):
             self._backend.seq_rm(seq_id, sequence.n_past, -1)
 

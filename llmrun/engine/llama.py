@@ -20,6 +20,7 @@ from typing import Any
 
 from llmrun.engine.backend import Chunk, DecodeResult
 from llmrun.engine.ggml import Ggml
+from llmrun.engine.logits import LogitRows
 from llmrun.engine.logs import LogSink
 from llmrun.engine.params import check_options, fill_context_params, fill_model_params
 from llmrun.engine.params import default_threads as default_threads
@@ -133,6 +134,7 @@ class LlamaBackend:
         self.n_outputs_max: int = _count_outputs(options, self.facts)
         self._state_settings = _describe_states(C, model, options, self.n_ctx)
         self._decode = C.llama_decode
+        self._logits = LogitRows(C, self._ctx, self.facts.n_vocab)
         self._rows = _BatchRows(C, self.n_batch)
         self._install_abort_flag()
 
@@ -175,7 +177,10 @@ class LlamaBackend:
         return _DONE if code == 0 else self._result(code)
 
     def new_sampler(self, params: SamplingParams, seed: int) -> LlamaSampler:
-        return LlamaSampler(self._C, self._ctx, self._vocab, params, seed)
+        return LlamaSampler(self._C, self._ctx, self._vocab, self._logits, params, seed)
+
+    def logprobs(self, row: int, token: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
+        return self._logits.logprobs(row, token, n_top)
 
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         self._check_seq(seq_id)

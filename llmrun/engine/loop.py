@@ -28,6 +28,8 @@ from llmrun.engine.speculate import StepCosts
 from llmrun.engine.stream import Stream
 from llmrun.engine.types import (
     CHECKPOINT_BYTES,
+    N_LOGPROBS_MAX,
+    EngineCounters,
     EngineOptions,
     LoadProgress,
     ModelFacts,
@@ -104,10 +106,11 @@ class Engine:
         has_state = backend.facts.is_recurrent or backend.facts.is_hybrid
         if costs and speculative != "off" and not has_state and n_rows_max > 1:
             drafter = Drafter(costs, n_rows_max=n_rows_max, model=self._draft_model)
+        self._pace = Pace(backend, clock, governor, costs)
         self._core = Core(
             backend,
             self._answers,
-            Pace(backend, clock, governor, costs),
+            self._pace,
             drafter,
             clock=clock,
             nothing_new=self._inbox.empty,
@@ -179,6 +182,28 @@ class Engine:
     def n_ctx(self) -> int:
         return self._backend.n_ctx
 
+    @property
+    def counters(self) -> EngineCounters:
+        """See `engine.types.EngineLike.counters`."""
+        # The engine's thread adds to plain attributes; here they are only read.
+        backend, core, pace = self._backend, self._core, self._pace
+        n_running = len(core.residents)
+        return EngineCounters(
+            n_ctx=backend.n_ctx,
+            n_seq_max=backend.n_seq_max,
+            n_running=n_running,
+            n_waiting=max(0, len(self._answers.streams) - n_running),
+            n_cells=core.residents.n_cells(),
+            n_requests=core.n_requests,
+            n_prompt=core.n_prompt,
+            n_cached=core.n_cached,
+            n_completion=self._answers.n_completion,
+            n_drafted=core.n_drafted,
+            n_accepted=core.n_accepted,
+            n_steps=pace.n_steps,
+            decode_s=pace.busy_s,
+        )
+
     def submit(self, request: Request) -> Stream:
         """Start a generation; see `engine.types.EngineLike.submit`."""
         if not request.prompt:
@@ -187,13 +212,18 @@ class Engine:
             raise UsageError("the prompt has tokens outside the model's vocabulary")
         if request.max_tokens is not None and request.max_tokens < 0:
             raise UsageError("max_tokens cannot be negative")
+        if request.n_logprobs is not None and not 0 <= request.n_logprobs <= N_LOGPROBS_MAX:
+            raise UsageError(
+                f"{request.n_logprobs} likely tokens cannot be given at each place",
+                hint=f"ask for 0 to {N_LOGPROBS_MAX}",
+            )
         if len(request.prompt) > self.n_ctx:
             raise ContextOverflowError(len(request.prompt), self.n_ctx)
         seed = request.sampling.seed
         # llama.cpp takes 0xFFFFFFFF for "draw one"; then the reported seed would not be the used.
         seed = secrets.randbits(31) if seed is None else seed % 0xFFFFFFFF
         sequence = Sequence(request, seed, self._clock(), self.n_ctx)
-        stream = Stream(sequence, self._backend.request_abort)
+        stream = Stream(sequence, self._stop_step)
         with self._lock:
             if self._closed:
                 raise EngineError("the engine is closed", why=_words(self._failure))
@@ -215,6 +245,12 @@ class Engine:
     def restore_prefix(self, saved: SavedPrefix) -> int:
         """See `engine.types.EngineLike.restore_prefix`."""
         return self._do(lambda: self._core.residents.restore(saved))
+
+    def _stop_step(self) -> None:
+        """Somebody has cancelled. Others' work is not thrown away for it: then the step that runs
+        comes to its end first, or many who come and go could stop all answers for ever."""
+        if not self._core.residents.serves_anyone():
+            self._backend.request_abort()
 
     def _do(self, action: Callable[[], T]) -> T:
         """`action` in the engine's thread; its result, or what it raised."""

@@ -1,4 +1,5 @@
-"""Takes the time of steps: for the governor of threads, and for the costs that drafts go by."""
+"""Takes the time of steps: for the governor of threads, for the costs that drafts go by, and for
+who asks how busy the engine is."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _MIN_BESIDE = 32
 
 
 class Pace:
-    """Lives in the engine's thread. With nobody to tell the times it only decodes."""
+    """Lives in the engine's thread. `n_steps` were made so far, in `busy_s` seconds."""
 
     def __init__(
         self,
@@ -34,7 +35,8 @@ class Pace:
         self._clock = clock
         self._governor = governor
         self._costs = costs
-        self._is_watching = governor is not None or costs is not None
+        self.n_steps = 0
+        self.busy_s = 0.0
         self._n_rows = 0
         self._started_s = 0.0
         self._threads = (backend.n_threads, backend.n_threads_batch)
@@ -42,15 +44,13 @@ class Pace:
 
     def decode(self, chunks: SequenceOf[Chunk]) -> DecodeResult:
         """One batch. After its rows were sampled, call `end_step`."""
-        if self._is_watching:
-            self._n_rows = sum(len(chunk.tokens) for chunk in chunks)
-            self._set_threads(self._n_rows)
-            self._started_s = self._clock()
+        self._n_rows = sum(len(chunk.tokens) for chunk in chunks)
+        self._set_threads(self._n_rows)
+        self._started_s = self._clock()
         return self._backend.decode(chunks)
 
     def end_step(self) -> None:
-        if self._is_watching:
-            self._tell(self._n_rows, 1, self._clock() - self._started_s)
+        self._tell(self._n_rows, 1, self._clock() - self._started_s)
 
     def n_rows_beside(self) -> int | None:
         """Rows of a prompt for a step that others' answers wait for; None: as many as there are."""
@@ -60,23 +60,29 @@ class Pace:
     def start_alone(self, n_tokens: int) -> float:
         """Single-token steps follow. Returns when to `look` first, in the clock's seconds: after
         the first, so that one step between two with guesses is timed, too."""
-        if not self._is_watching:
-            return math.inf
         self._set_threads(1)
         self._block = (self._clock(), n_tokens)
         return -math.inf
 
     def look(self, now_s: float, n_tokens: int) -> float:
         """`n_tokens` is a count that went up by one each step. Returns when to look next."""
-        if not self._is_watching:
-            return math.inf
         start_s, n_before = self._block
         self._tell(1, n_tokens - n_before, now_s - start_s)
         self._set_threads(1)
         self._block = (now_s, n_tokens)
         return now_s + BLOCK_S
 
+    def end_alone(self, n_tokens: int) -> None:
+        """No more of the single-token steps. Those since the last look are counted, no more: they
+        end with other things than steps."""
+        start_s, n_before = self._block
+        if n_tokens > n_before:
+            self.n_steps += n_tokens - n_before
+            self.busy_s += self._clock() - start_s
+
     def _tell(self, n_rows: int, n_steps: int, elapsed_s: float) -> None:
+        self.n_steps += n_steps
+        self.busy_s += elapsed_s
         if self._governor is not None:
             self._governor.observe(n_rows, n_steps, elapsed_s)
         if self._costs is not None:

@@ -64,6 +64,7 @@ class RadixTree:
         self._root = _Node([], None, set())
         self._ends: dict[int, _Node] = {}
         self._lengths: dict[int, int] = {}
+        self._n_cells = 0
 
     def length(self, seq_id: int) -> int:
         return self._lengths.get(seq_id, 0)
@@ -73,11 +74,14 @@ class RadixTree:
         return [token for part in reversed(parts) for token in part]
 
     def n_cells(self, counts: Callable[[int], bool] | None = None) -> int:
-        """Cells in use; with `counts`, those of which an owner counts."""
+        """Cells in use, which costs nothing to ask; with `counts`, those of which an owner
+        counts."""
+        if counts is None:
+            return self._n_cells
         return sum(
             len(node.tokens)
             for node in self._nodes()
-            if counts is None or any(counts(owner) for owner in node.owners)
+            if any(counts(owner) for owner in node.owners)
         )
 
     def match(self, tokens: Sequence[int]) -> dict[int, int]:
@@ -101,6 +105,7 @@ class RadixTree:
             return
         end = self._ends.get(seq_id, self._root)
         self._lengths[seq_id] = self.length(seq_id) + len(tokens)
+        self._n_cells += len(tokens)
         if end is not self._root and end.owners == {seq_id} and not end.children:
             end.tokens += tokens
             return
@@ -131,6 +136,7 @@ class RadixTree:
             node.owners.discard(seq_id)
             if not node.owners:
                 node.detach()
+                self._n_cells -= len(node.tokens)
         if n > 0:
             self._ends[seq_id], self._lengths[seq_id] = keep, n
         else:

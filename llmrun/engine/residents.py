@@ -42,6 +42,19 @@ class Residents:
         """Sequences that have a slot."""
         return len(self._slots)
 
+    def n_cells(self) -> int:
+        """Cells that hold tokens. From any thread: then it is right up to what a step changes."""
+        tree = self.cache.tree
+        n_cells = tree.n_cells()
+        for sequence in self._slots.copy():
+            # The tree learns of it when the next request comes or this one goes.
+            n_cells += max(0, sequence.n_past - tree.length(sequence.seq_id))
+        return min(n_cells, self._backend.n_ctx)
+
+    def serves_anyone(self) -> bool:
+        """Whether anyone with a slot still wants his answer. From any thread."""
+        return not all(sequence.cancelled for sequence in self._slots.copy())
+
     def place(self, sequence: Sequence) -> bool:
         """Give the sequence a slot and what the cache holds of its tokens. False: no slot is free,
         or the cells that no running sequence needs are too few."""

@@ -1,4 +1,5 @@
-"""llama.cpp sampler chains, one for each request. Logits stay in C except under a grammar."""
+"""llama.cpp sampler chains, one for each request. Logits stay in C except under a grammar, and
+where the best token is all that is asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from llmrun.engine.logits import LogitRows
 from llmrun.engine.types import SamplingParams
 from llmrun.errors import EngineError, UsageError
 
@@ -31,16 +33,19 @@ _stderr_lock = threading.Lock()
 
 
 class LlamaSampler:
-    """See `engine.backend.Sampler`: plain sampling is one C call.
+    """See `engine.backend.Sampler`: plain sampling is one C call. The best token of unchanged
+    logits is found without the chain, which would give the same one, as soon as that is faster.
 
     With a grammar, the token is chosen without it and checked (4 µs); only a refused one is
     chosen again among what the grammar allows (up to 40 ms over a large vocabulary).
     """
 
-    def __init__(self, C: Any, ctx: Any, vocab: Any, params: SamplingParams, seed: int) -> None:
+    def __init__(
+        self, C: Any, ctx: Any, vocab: Any, rows: LogitRows, params: SamplingParams, seed: int
+    ) -> None:
         """Raises UsageError for numbers that are none, or a grammar that does not parse."""
         self._C = C
-        self._ctx = ctx
+        self._rows = rows
         self._n_vocab: int = C.llama_vocab_n_tokens(vocab)
         _check_params(params, self._n_vocab)
         n_ctx: int = C.llama_n_ctx(ctx)
@@ -53,12 +58,16 @@ class LlamaSampler:
             C.llama_sampler_free(self._chain)
             raise
         self._candidates: _Candidates | None = None
+        self._takes_best = _takes_best(params)
         # Bound here, because a frame less on every token is a frame less.
-        self.sample: Callable[[int], int] = (
-            self._sample_under_grammar
-            if self._grammar is not None
-            else functools.partial(C.llama_sampler_sample, self._chain, ctx)
+        self._sample_in_c: Callable[[int], int] = functools.partial(
+            C.llama_sampler_sample, self._chain, ctx
         )
+        self.sample: Callable[[int], int] = self._sample_in_c
+        if self._grammar is not None:
+            self.sample = self._sample_under_grammar
+        elif self._takes_best:
+            self.sample = self._sample_best_soon
 
     def accept(self, token: int) -> None:
         self._C.llama_sampler_accept(self._chain, token)
@@ -71,25 +80,35 @@ class LlamaSampler:
             self._C.llama_sampler_free(self._grammar)
             self._grammar = None
 
+    def _sample_best_soon(self, row: int) -> int:
+        if self._rows.pays():
+            self.sample = self._rows.find_best
+            return self._rows.find_best(row)
+        return self._sample_in_c(row)
+
     def _sample_under_grammar(self, row: int) -> int:
         C = self._C
-        if self._candidates is None:
-            self._candidates = _Candidates(C, self._n_vocab)
-        logits = C.llama_get_logits_ith(self._ctx, row)
-        array = self._candidates.fill(logits)
-        C.llama_sampler_apply(self._chain, ctypes.byref(array))
-        token = _selected(array)
+        logits = self._rows.read(row)
+        token = self._rows.find_best(row) if self._takes_best else self._choose(logits)
         if not self._allows(token):
-            array = self._candidates.fill(logits)
-            C.llama_sampler_apply(self._grammar, ctypes.byref(array))
-            C.llama_sampler_apply(self._chain, ctypes.byref(array))
-            token = _selected(array)
+            token = self._choose(logits, self._grammar)
             # The chain keeps at least one candidate, but a grammar can refuse all of them.
             if not self._allows(token):
                 raise EngineError("the grammar allows no token of this model's vocabulary here")
         C.llama_sampler_accept(self._grammar, token)
         C.llama_sampler_accept(self._chain, token)
         return token
+
+    def _choose(self, logits: Any, grammar: Any = None) -> int:
+        """The chain's choice, among what `grammar` allows."""
+        C = self._C
+        if self._candidates is None:
+            self._candidates = _Candidates(C, self._n_vocab)
+        array = self._candidates.fill(logits)
+        if grammar is not None:
+            C.llama_sampler_apply(grammar, ctypes.byref(array))
+        C.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return _selected(array)
 
     def _allows(self, token: int) -> bool:
         C = self._C
@@ -107,7 +126,6 @@ class _Candidates:
         import numpy as np
 
         self._C = C
-        self._np = np
         self._n_vocab = n_vocab
         self._ids = np.arange(n_vocab, dtype=np.int32)
         self._records = np.zeros(
@@ -117,7 +135,7 @@ class _Candidates:
     def fill(self, logits: Any) -> Any:
         """A fresh array over the buffer. Samplers reorder it, so the ids are written each time."""
         self._records["id"] = self._ids
-        self._records["logit"] = self._np.ctypeslib.as_array(logits, (self._n_vocab,))
+        self._records["logit"] = logits
         self._records["p"] = 0.0
         data = self._records.ctypes.data_as(ctypes.POINTER(self._C.llama_token_data))
         return self._C.llama_token_data_array(data, self._n_vocab, -1, False)
@@ -158,6 +176,20 @@ def _check_params(params: SamplingParams, n_vocab: int) -> None:
             raise UsageError(f"the logit bias of token {token} is not a number")
 
 
+def _takes_best(params: SamplingParams) -> bool:
+    """Whether the chain takes the largest logit as the model gives it, whatever came before."""
+    return (
+        params.temperature <= 0
+        and not params.logit_bias
+        and not _penalises(params)
+        and params.dry_multiplier <= 0
+    )
+
+
+def _penalises(params: SamplingParams) -> bool:
+    return (params.repeat_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
+
+
 def _build_chain(
     C: Any, vocab: Any, n_vocab: int, params: SamplingParams, seed: int, n_ctx: int
 ) -> Any:
@@ -177,7 +209,7 @@ def _build_chain(
     if params.logit_bias:
         biases = (C.llama_logit_bias * len(params.logit_bias))(*params.logit_bias)
         add(C.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
-    if (params.repeat_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0):
+    if _penalises(params):
         add(
             C.llama_sampler_init_penalties(
                 n_vocab,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llmrun.engine.backend import Sampler
 from llmrun.engine.detokenize import IncrementalText, StopMatcher
 from llmrun.engine.ngram import CopyModel
-from llmrun.engine.types import FinishReason, Request, Timings, Usage
+from llmrun.engine.types import FinishReason, Request, Timings, TokenLogprob, Usage
 
 
 class Phase(enum.Enum):
@@ -52,6 +52,7 @@ class Sequence:
     stops: StopMatcher = field(init=False)
     pending_text: str = ""
     pending_tokens: list[int] = field(default_factory=list)
+    pending_logprobs: list[TokenLogprob] | None = None
     emitted_s: float = 0.0
     started_s: float | None = None
     first_token_s: float = 0.0
@@ -69,6 +70,8 @@ class Sequence:
         self.stops = StopMatcher(self.request.stop)
         if self.request.with_times:
             self.token_times = []
+        if self.request.n_logprobs is not None:
+            self.pending_logprobs = []
 
     @property
     def n_prompt(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable
 
@@ -15,17 +16,20 @@ _READER_WAIT_S = 0.5
 
 _LAST = (FinishEvent, BaseException)  # what no other event follows
 
+_log = logging.getLogger("llmrun.llama")
+
 
 class Stream:
     """The events of one request, in order; ends after its FinishEvent.
 
-    Iterate from one thread. `cancel` may come from any.
+    Read from one thread, by iterating or by `take`. `cancel` may come from any.
     """
 
     def __init__(self, sequence: Sequence, abort: Callable[[], None]) -> None:
         self._sequence = sequence
         self._abort = abort
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self._listener: Callable[[], None] | None = None
         self._last: Event | BaseException | None = None
         self._done = False
 
@@ -50,6 +54,38 @@ class Stream:
             self._done = True
         return event
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """See `engine.types.StreamLike.listen`. The last one given counts."""
+        # Set before the queue is looked at, while `put` fills the queue before it looks here: one
+        # of the two calls the listener, at times both.
+        self._listener = listener
+        if not self._events.empty() or (self._last is not None and not self._done):
+            self._call_listener()
+
+    def take(self) -> list[Event]:
+        """See `engine.types.StreamLike.take`."""
+        events: list[Event] = []
+        while not self._done:
+            last = self._last  # before the queue is looked at, as above
+            try:
+                event: Event | BaseException | None = self._events.get_nowait()
+            except queue.Empty:
+                event = last
+            if event is None:
+                break
+            if not isinstance(event, BaseException):
+                events.append(event)
+                self._done = isinstance(event, FinishEvent)
+            elif events:
+                # It comes with the next call, for which somebody has to be told.
+                self._last = event
+                self._call_listener()
+                break
+            else:
+                self._done = True
+                raise event
+        return events
+
     def cancel(self) -> None:
         """Ask for an end within one micro-batch. Harmless when the stream is over."""
         self._sequence.cancelled = True
@@ -61,3 +97,15 @@ class Stream:
         self._events.put(event)
         if isinstance(event, _LAST):
             self._last = event
+        if self._listener is not None:
+            self._call_listener()
+
+    def _call_listener(self) -> None:
+        """A listener that fails harms its own reader only, not the engine or its other readers."""
+        listener = self._listener
+        if listener is None:
+            return
+        try:
+            listener()
+        except BaseException as error:  # noqa: BLE001 - whose it is cannot be told from here
+            _log.warning("a reader of an answer could not be told of it: %r", error)

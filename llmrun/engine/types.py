@@ -24,6 +24,13 @@ N_DRAFT_MAX = 31
 """Guesses in one step, of all sequences together. With the row that is there without them they are
 the 32 rows up to which small batches are cheap."""
 
+N_LOGPROBS_MAX = 20
+"""Likely tokens that a request can ask for at each place."""
+
+NO_LOGPROB = -9999.0
+"""The log probability of a token that cannot come at all. There is no infinity and no NaN, which
+JSON has no words for."""
+
 StateBytes = bytes | bytearray | memoryview
 
 
@@ -119,6 +126,18 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that was taken, its bytes, and the natural logarithm of its probability by the
+    model's own logits (before temperature and all other sampling); at least NO_LOGPROB. `top` are
+    the likeliest tokens at its place, best first, in the same form."""
+
+    token: int
+    piece: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation.
 
@@ -127,7 +146,8 @@ class Request:
     the end of the context. `show_special`: control tokens appear in the text (for parsers that need
     them); end tokens never do. Text from a stop string on is not emitted. `come_back_to`: numbers
     of prompt tokens to which later prompts may go back; a model that forgets keeps its state there.
-    `with_times`: the FinishEvent tells when each token came.
+    `with_times`: the FinishEvent tells when each token came. `n_logprobs`: TextEvents carry the
+    log probability of each token, and of so many likely others; None: they do not.
     """
 
     prompt: tuple[int, ...]
@@ -138,6 +158,7 @@ class Request:
     ignore_eog: bool = False
     come_back_to: tuple[int, ...] = ()
     with_times: bool = False
+    n_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +204,12 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TextEvent:
-    """Newly finished text, whole characters only, and the tokens sampled since the last event."""
+    """Newly finished text, whole characters only, and the tokens sampled since the last event;
+    `logprobs`, where asked for, belong to `tokens` one by one."""
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +300,42 @@ class StreamLike(Protocol):
     def cancel(self) -> None:
         """Ask for an end within one micro-batch; a FinishEvent("cancelled") still follows."""
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called whenever something is there to be taken: from the engine's thread,
+        so it must be quick and not raise; at once, from the caller's, if some is there already. It
+        may be called once too often. For readers that do not iterate but `take`."""
+
+    def take(self) -> list[Event]:
+        """The events that are there now, without waiting; after the FinishEvent none come. Raises
+        a failure's LlmrunError once the events before it were taken; when some were, the listener
+        is called once more for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """What an engine is doing, and what it has done since it was opened. Totals never go down.
+
+    Now: `n_running` requests have a sequence of the cache, `n_waiting` do not; `n_cells` of the
+    cache's `n_ctx` cells hold tokens, of running requests or kept for later ones.
+    In all: `n_requests` began to be read, their prompts had `n_prompt` tokens, of which `n_cached`
+    were in the cache; `n_completion` tokens were sampled; of `n_drafted` guesses `n_accepted` were
+    right; `n_steps` batches took `decode_s` seconds.
+    """
+
+    n_ctx: int
+    n_seq_max: int
+    n_running: int = 0
+    n_waiting: int = 0
+    n_cells: int = 0
+    n_requests: int = 0
+    n_prompt: int = 0
+    n_cached: int = 0
+    n_completion: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    n_steps: int = 0
+    decode_s: float = 0.0
+
 
 class EngineLike(Protocol):
     """The engine as chat, repl, server and bench see it (see `engine.loop.Engine`)."""
@@ -292,6 +351,10 @@ class EngineLike(Protocol):
 
     @property
     def load_s(self) -> float: ...
+
+    @property
+    def counters(self) -> EngineCounters:
+        """A snapshot. Costs microseconds, waits for nothing, may be asked of a closed engine."""
 
     def submit(self, request: Request) -> StreamLike:
         """Start a generation. Raises ContextOverflowError when the prompt has more than n_ctx

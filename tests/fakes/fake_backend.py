@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmrun.engine.backend import Chunk, DecodeResult
-from llmrun.engine.types import ModelFacts, Request, SamplingParams
+from llmrun.engine.types import ModelFacts, Request, SamplingParams, StateBytes
 from llmrun.errors import UsageError
 from tests.fakes.fake_engine import fake_facts
 from tests.fakes.fake_tokenizer import FakeTokenizer
@@ -52,6 +52,17 @@ def scripted(answer: bytes | Sequence[int], n_prompt: int) -> NextToken:
     """After a prompt of `n_prompt` tokens the model says `answer`, then ends."""
     tokens = [*answer, 257]
     return lambda held: tokens[min(len(held) - n_prompt, len(tokens) - 1)]
+
+
+def ideal_logprobs(
+    tokens: Sequence[int], token: int, n_top: int, n_vocab: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """What the row after `tokens` says of `token`, and of the likeliest: some numbers that no other
+    row has."""
+    first = hashlib.blake2b(repr(tuple(tokens)).encode(), digest_size=4).digest()
+    shift = int.from_bytes(first, "big") / 2**32
+    top = [((first[0] + i) % n_vocab, -shift - i) for i in range(min(n_top, n_vocab))]
+    return -shift - (token - first[0]) % n_vocab, top
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +157,7 @@ class FakeBackend:
         self.n_kept = n_kept
         self.sees_abort = sees_abort
         self.rows: dict[int, int] = {}
+        self.row_tokens: dict[int, tuple[int, ...]] = {}
         self.n_steps = 0
         self.batches: list[list[Chunk]] = []
         self.results: list[DecodeResult] = []
@@ -204,6 +216,7 @@ class FakeBackend:
         self._check_batch(chunks)
         self.batches.append(list(chunks))
         self.rows = {}
+        self.row_tokens = {}
         self.require(self.ready.wait(60), "the test never let the engine go on")
         if self.on_decode is not None:
             self.on_decode(self.n_steps, chunks)
@@ -246,6 +259,7 @@ class FakeBackend:
                     break
                 value = self._append(chunk.seq_id, token, chunk.pos + i)
                 if not aborted and i >= len(chunk.tokens) - chunk.n_outputs:
+                    self.row_tokens[row] = tuple(self.held(chunk.seq_id))
                     self.rows[row] = self._choose(chunk.seq_id, value)
                 row += 1
                 n_left -= 1
@@ -299,6 +313,12 @@ class FakeBackend:
         self.open_samplers.append(sampler)
         self.samplers.append(sampler)
         return sampler
+
+    def logprobs(self, row: int, token: int, n_top: int) -> tuple[float, list[tuple[int, float]]]:
+        self.check_thread()
+        self.require(row in self.row_tokens, f"row {row} has no logits")
+        self.require(0 <= token < self.facts.n_vocab, "a token outside the vocabulary")
+        return ideal_logprobs(self.row_tokens[row], token, n_top, self.facts.n_vocab)
 
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         self._check_seq(seq_id)
@@ -358,10 +378,10 @@ class FakeBackend:
         ]
         return json.dumps(cells).encode()
 
-    def load_state(self, seq_id: int, state: bytes, *, partial: bool) -> bool:
+    def load_state(self, seq_id: int, state: StateBytes, *, partial: bool) -> bool:
         self._check_seq(seq_id)
         try:
-            cells = json.loads(state)
+            cells = json.loads(bytes(state))
         except ValueError:
             return False
         held = {cell.pos: cell for cell in self._of(seq_id)}

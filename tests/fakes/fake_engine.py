@@ -13,7 +13,11 @@ Each request takes the next answer; the last one is repeated when they run out. 
 - a callable that takes the Request and returns one of these.
 
 `max_tokens`, stop strings, `n_ctx`, `cancel()`, the usage counts and the reuse of the longest
-common prefix behave like the real engine's. Timings are constants.
+common prefix behave like the real engine's. Timings are constants. Log probabilities are
+-0.25 for the token taken and -1, -2, … for those of the next higher numbers.
+
+Nothing happens until an event is asked for, so there is always one to be taken: `take()` gives one
+and calls the listener at once for the next.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 
 from llmrun.engine.types import (
+    EngineCounters,
     Event,
     FinishEvent,
     FinishReason,
@@ -31,6 +36,7 @@ from llmrun.engine.types import (
     SavedPrefix,
     TextEvent,
     Timings,
+    TokenLogprob,
     Usage,
 )
 from llmrun.errors import ContextOverflowError, EngineError, UsageError
@@ -109,6 +115,19 @@ class FakeEngine:
     def load_s(self) -> float:
         return 0.25
 
+    @property
+    def counters(self) -> EngineCounters:
+        return EngineCounters(
+            n_ctx=self._n_ctx,
+            n_seq_max=1,
+            n_running=sum(not stream.finished for stream in self.streams),
+            n_cells=len(self._cached),
+            n_requests=len(self.requests),
+            n_prompt=sum(len(request.prompt) for request in self.requests),
+            n_cached=sum(stream._n_cached for stream in self.streams),
+            n_completion=sum(stream.n_sampled for stream in self.streams),
+        )
+
     def prompt_text(self, index: int = -1) -> str:
         """The prompt of a request as text, special tokens spelled out."""
         pieces = (self._tokenizer.piece(token) for token in self.requests[index].prompt)
@@ -161,6 +180,8 @@ class FakeStream:
         self._engine = engine
         self._request = request
         self._n_cached = n_cached
+        self.n_sampled = 0
+        self._listener: Callable[[], None] | None = None
         parts = [answer] if isinstance(answer, str | BaseException) else list(answer)
         self._steps: list[int | BaseException] = []
         for part in parts:
@@ -184,6 +205,19 @@ class FakeStream:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        self._listener = listener
+        if not self.finished:
+            listener()
+
+    def take(self) -> list[Event]:
+        if self.finished:
+            return []
+        event = next(self)
+        if self._listener is not None and not self.finished:
+            self._listener()
+        return [event]
 
     def _run(self) -> Iterator[Event | BaseException]:
         request, tokenizer = self._request, self._engine.tokenizer
@@ -210,6 +244,7 @@ class FakeStream:
             if tokenizer.is_eog(step) and not request.ignore_eog:
                 break
             sampled.append(step)
+            self.n_sampled += 1
             waiting.append(step)
             if request.show_special or not tokenizer.is_control(step):
                 text += decoder.decode(tokenizer.piece(step))
@@ -219,18 +254,30 @@ class FakeStream:
                 break
             ready = len(text) - _n_held(text, request.stop)
             if len(waiting) >= self._engine.chunk and ready > sent:
-                yield TextEvent(text[sent:ready], tuple(waiting))
+                yield self._text_event(text[sent:ready], waiting)
                 sent, waiting = ready, []
         if self.cancelled:
             reason = "cancelled"
         if len(text) > sent:
-            yield TextEvent(text[sent:], tuple(waiting))
+            yield self._text_event(text[sent:], waiting)
         self._engine._cached = request.prompt + tuple(sampled)
         self.finished = True
         usage = Usage(n_prompt, len(sampled), self._n_cached)
         seed = request.sampling.seed
         times = tuple(0.05 + 0.02 * i for i in range(len(sampled))) if request.with_times else ()
         yield FinishEvent(reason, usage, TIMINGS, FAKE_SEED if seed is None else seed, stop, times)
+
+    def _text_event(self, text: str, tokens: Sequence[int]) -> TextEvent:
+        n_top, tokenizer = self._request.n_logprobs, self._engine.tokenizer
+        if n_top is None:
+            return TextEvent(text, tuple(tokens))
+        logprobs = []
+        for token in tokens:
+            likely = [(token, -0.25)]
+            likely += [((token + i) % tokenizer.n_vocab, -float(i)) for i in range(1, n_top)]
+            top = tuple((other, tokenizer.piece(other), chance) for other, chance in likely[:n_top])
+            logprobs.append(TokenLogprob(token, tokenizer.piece(token), -0.25, top))
+        return TextEvent(text, tuple(tokens), tuple(logprobs))
 
 
 def _n_held(text: str, stops: Sequence[str]) -> int:

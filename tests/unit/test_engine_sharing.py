@@ -62,6 +62,23 @@ def test_a_new_prefix_of_many_requests_is_read_once(kind: str) -> None:
     assert n_rows(backend) == len(SYSTEM) + 4 * 2 + n_answers
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_prompt_for_several_answers_is_read_once(kind: str) -> None:
+    """Each has to compute the last token by itself, for the logits to draw from."""
+    backend = FakeBackend(
+        n_ctx=512, n_seq_max=4, n_batch=16, next_token=endless_token, **KINDS[kind]
+    )
+    prompt = (*SYSTEM, 1, 2, 3, 4)
+    requests = [Request(prompt, SamplingParams(seed=n), max_tokens=6) for n in range(4)]
+    _, outcomes = run_together(backend, requests)
+    cached = [outcome.finish.usage.n_cached for outcome in outcomes]
+    assert cached == [0, 43, 43, 43]
+    assert n_rows(backend) == 44 + 3 + 4 * 5
+    # The others come in at the step after the prompt's last, and from then on all go together.
+    reading = [step for step, batch in enumerate(backend.batches) if len(batch) == 1]
+    assert reading == [0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", ["plain", "window"])
 def test_more_requests_than_slots_share_it_too(kind: str) -> None:
     backend = FakeBackend(
