@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmrun.cli.config_file import set_in_config_file
 from llmrun.cli.options import Invocation, PlainGroup, register
-from llmrun.config import OPTIONS, Source, parse_value, read_config_file, require_option
+from llmrun.config import Source, parse_value, read_config_file, require_option
+from llmrun.option_table import OPTIONS, Option
 
 if TYPE_CHECKING:
     from llmrun.ui.output import Output
@@ -70,13 +71,18 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _without_secret(option: Option, value: Any) -> Any:
+    return "(set)" if option.is_secret and value is not None else value
+
+
 def show_config(invocation: Invocation) -> ConfigResult:
     """Show every setting and where it came from."""
     settings = invocation.settings
     rows = []
     for option in OPTIONS:
         source = settings.sources[option.key]
-        rows.append(SettingRow(option.key, getattr(settings, option.key), source.kind, source.name))
+        value = _without_secret(option, getattr(settings, option.key))
+        rows.append(SettingRow(option.key, value, source.kind, source.name))
     return ConfigResult(invocation.environment.config_path, tuple(rows))
 
 
@@ -101,7 +107,7 @@ def set_value(
     written = option.none_word if parsed is None else parsed
     path = invocation.environment.config_path
     set_in_config_file(path, option.key, written)
-    return ConfigChangeResult(path, option.key, written)
+    return ConfigChangeResult(path, option.key, _without_secret(option, written))
 
 
 def unset_value(invocation: Invocation, key: Key) -> ConfigChangeResult:

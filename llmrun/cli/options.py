@@ -18,7 +18,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from llmrun.cli.services import Services
-from llmrun.config import OPTIONS, Environment, Group, Option, Settings
+from llmrun.config import Environment, Settings
+from llmrun.option_table import OPTIONS, Group, Option
 from llmrun.ui.output import Failed, Output, Result
 
 Outcome = Result | Failed | int | None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmrun.config import OPTION_BY_KEY, Settings, Source, parse_value
+from llmrun.config import Settings, Source, parse_value
 from llmrun.engine.types import SamplingParams, Tokenizer
 from llmrun.errors import UsageError
+from llmrun.option_table import OPTION_BY_KEY
 
 if TYPE_CHECKING:
     from llmrun.catalog.entries import CatalogEntry

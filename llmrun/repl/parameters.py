@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from llmrun.chat.store import Conversation
-from llmrun.config import OPTION_BY_KEY
 from llmrun.engine.types import SamplingParams
 from llmrun.errors import UsageError
+from llmrun.option_table import OPTION_BY_KEY
 from llmrun.repl.state import ReplState, ThinkMode
 from llmrun.text import close_names, escape_line
 
