@@ -8,6 +8,8 @@ What an earlier program run kept of a conversation is used in the same way.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Sequence
 
 from llmrun.chat.protect import (
@@ -52,11 +54,18 @@ class TokenHistory:
             return
         self._prompt = prompt.segments
 
+    def go_on(self, prompt: RenderedPrompt) -> tuple[int, ...] | None:
+        """The prompt's tokens if it begins with the last turn, which are then the first of them."""
+        rest = self._behind_last_turn(prompt)
+        if rest is None:
+            return None
+        return (*self._tokens, *tokenize_segments(rest, self._tokenizer, is_start=False))
+
     def tokenize(self, prompt: RenderedPrompt) -> tuple[int, ...]:
         """The prompt's tokens, the last turn's where it begins with that."""
-        rest = self._behind_last_turn(prompt)
-        if rest is not None:
-            return (*self._tokens, *tokenize_segments(rest, self._tokenizer, is_start=False))
+        tokens = self.go_on(prompt)
+        if tokens is not None:
+            return tokens
         if self._recalled:
             n_known, rest = split_known(prompt, self._recalled, self._tokenizer)
             if n_known:
@@ -79,3 +88,32 @@ class TokenHistory:
             return None
         rest = Segment(new.text[len(known) :], False)
         return [*([rest] if rest.text else []), *prompt.segments[n:]]
+
+
+class RecentTurns:
+    """The last turns of many conversations that nobody names, as a server sees them: clients send
+    a conversation's text again with each question. May be used from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, n_max: int = 64) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._turns: deque[TokenHistory] = deque(maxlen=n_max)
+
+    def remember(
+        self, prompt: RenderedPrompt, prompt_tokens: Sequence[int], answer_tokens: Sequence[int]
+    ) -> None:
+        """Keep a turn; the oldest goes for it."""
+        turn = TokenHistory(self._tokenizer)
+        turn.remember(prompt, prompt_tokens, answer_tokens)
+        with self._lock:
+            self._turns.append(turn)
+
+    def tokenize(self, prompt: RenderedPrompt) -> tuple[int, ...]:
+        """The prompt's tokens; the longest kept turn's where it begins with one."""
+        with self._lock:
+            turns = sorted(self._turns, key=lambda turn: -len(turn.tokens))
+        for turn in turns:
+            tokens = turn.go_on(prompt)
+            if tokens is not None:
+                return tokens
+        return tokenize_prompt(prompt, self._tokenizer)

@@ -2,13 +2,19 @@
 
 Tags differ by family and may be cut anywhere between two pieces of text, so the splitter holds back
 what could still become a tag. However the text is cut, the joined result is the same.
+
+Calls of tools are part of the answer: `tool_calls` takes them out of it. A splitter made for a tool
+format ends thinking where a call begins, and passes gpt-oss's calls on in one form.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from llmrun.chat.tool_formats import HARMONY as HARMONY_CALLS
+from llmrun.chat.tool_formats import ToolFormat
 from llmrun.engine.types import Tokenizer
 
 DeltaKind = Literal["thinking", "answer"]
@@ -90,7 +96,14 @@ def detect_format(template_source: str | None, tokenizer: Tokenizer) -> Thinking
     return THINK if found >= {"<think>", "</think>"} else None
 
 
-def needs_special_text(fmt: ThinkingFormat, tokenizer: Tokenizer) -> bool:
+class Tagged(Protocol):
+    """A `ThinkingFormat` or a `ToolFormat`."""
+
+    @property
+    def tags(self) -> tuple[str, ...]: ...
+
+
+def needs_special_text(fmt: Tagged, tokenizer: Tokenizer) -> bool:
     """Whether the tags are control tokens, which appear in the text only on request."""
     literals = tokenizer.special_literals("".join(fmt.tags))
     return any(literal.is_control for literal in literals)
@@ -111,11 +124,19 @@ class Splitter(Protocol):
         """What was held back, when no more text comes."""
 
 
-def make_splitter(fmt: ThinkingFormat | None, starts_inside: bool = False) -> Splitter:
-    """The splitter for a format; None passes all text on as answer."""
+def make_splitter(
+    fmt: ThinkingFormat | None, starts_inside: bool = False, tools: ToolFormat | None = None
+) -> Splitter:
+    """The splitter for a format; None passes all text on as answer.
+
+    `tools`: the model may call tools in this format. Calls are then in the answer as a
+    `tool_calls.ToolSplitter` for the same format takes them.
+    """
     if fmt is None:
         return PlainSplitter()
-    return HarmonySplitter(starts_inside) if fmt.is_harmony else StreamSplitter(fmt, starts_inside)
+    if fmt.is_harmony:
+        return HarmonySplitter(starts_inside, passes_calls=tools is HARMONY_CALLS)
+    return StreamSplitter(fmt, starts_inside, tools.thinking_ends if tools is not None else ())
 
 
 class PlainSplitter:
@@ -132,13 +153,19 @@ class StreamSplitter:
     """Splits at a pair of tags.
 
     White space around the tags is dropped, as are empty thoughts and end tags with no thought to
-    end.
+    end. Thinking that was left open ends before one of `further_ends` too; these are answer.
     """
 
-    def __init__(self, fmt: ThinkingFormat, starts_inside: bool = False) -> None:
+    def __init__(
+        self,
+        fmt: ThinkingFormat,
+        starts_inside: bool = False,
+        further_ends: tuple[str, ...] = (),
+    ) -> None:
         # The start tag counts without its newline too: thinking is stripped anyway.
         self._start = fmt.start.rstrip()
         self._end = fmt.end
+        self._further_ends = further_ends
         self._anywhere = fmt.anywhere
         self._inside = starts_inside
         self._pending = ""
@@ -168,7 +195,8 @@ class StreamSplitter:
         if not tag:
             return False
         before = self._pending[:at]
-        self._pending = self._pending[at + len(tag) :]
+        ends_as_answer = tag in self._further_ends
+        self._pending = self._pending[at + (0 if ends_as_answer else len(tag)) :]
         self._emit(before)
         if tag not in self._open_tags():
             self._emit(tag)  # the answer began before it, so it is text
@@ -180,7 +208,7 @@ class StreamSplitter:
     def _open_tags(self) -> tuple[str, ...]:
         """The tags that would count now."""
         if self._inside:
-            return (self._end,)
+            return (self._end, *self._further_ends)
         if self._anywhere or not self._reply.has_answer:
             return (self._start, self._end)
         return ()
@@ -197,9 +225,14 @@ class HarmonySplitter:
 
     Channel `analysis` is thinking, all others are the answer; a stray channel name in front of
     another one does not count. Text where a header should be is answer.
+
+    A message to `functions.NAME`, in whatever channel, is a call. With `passes_calls` it is in the
+    answer behind `<|channel|>commentary to=functions.NAME<|message|>`, which cannot be text, since
+    these tags never are; otherwise its arguments alone are.
     """
 
-    def __init__(self, starts_inside: bool = False) -> None:
+    def __init__(self, starts_inside: bool = False, *, passes_calls: bool = False) -> None:
+        self._passes_calls = passes_calls
         self._in_header = not starts_inside
         self._kind: DeltaKind = "thinking"
         self._pending = ""
@@ -230,6 +263,7 @@ class HarmonySplitter:
     def _settle_header(self) -> bool:
         """Read a whole header off the pending text; False when it needs more text."""
         header, mark, body = self._pending.partition("<|message|>")
+        called = None
         # Without the mark, the text may end with a part of it.
         limit = _MAX_HEADER if mark else _MAX_HEADER + len("<|message|>") - 1
         if len(header) > limit or not _may_be_header(header):
@@ -238,10 +272,14 @@ class HarmonySplitter:
             channel = header.rpartition("<|channel|>")[2].split()
             self._kind = "thinking" if channel[:1] == ["analysis"] else "answer"
             self._pending = body
+            called = _CALLED.search(header)
         else:
             return False
         self._in_header = False
         self._reply.cross_tag(is_message=True)
+        if called and self._passes_calls:
+            self._kind = "answer"
+            self._emit(f"{HARMONY_CALLS.call_start}{called[1]}{HARMONY_CALLS.name_end}")
         return True
 
     def _settle_tag(self) -> bool:
@@ -261,6 +299,7 @@ class HarmonySplitter:
             self._reply.add_answer(text)
 
 
+_CALLED = re.compile(r"\bto=functions\.([^\s<>]+)")
 _BODY_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")
 _MAX_HEADER = 256
 

@@ -24,8 +24,8 @@ from llmrun.chat.parsing import (
     detect_format,
     make_splitter,
     needs_special_text,
-    starts_inside,
 )
+from llmrun.chat.prompting import render_chat
 from llmrun.chat.protect import RenderedPrompt, tokenize_plain
 from llmrun.chat.template import PromptTemplate, template_for
 from llmrun.engine.types import (
@@ -311,34 +311,16 @@ class ChatSession:
         self, messages: Sequence[Message]
     ) -> tuple[RenderedPrompt, ThinkingFormat | None, bool]:
         self._check_size(sum(len(message.content) for message in messages))
-        fmt, thinks = self._fmt, self.enable_thinking
-        has_grammar = self.sampling.grammar is not None
-        if has_grammar:
-            thinks = False
-        prompt = self.template.render(
+        found = render_chat(
+            self.template,
+            self.engine.tokenizer,
             messages,
-            tokenizer=self.engine.tokenizer,
-            template_args=self._arguments(thinks),
+            fmt=self._fmt,
+            thinks=self.enable_thinking,
+            has_grammar=self.sampling.grammar is not None,
+            template_args=self.template_args,
         )
-        if fmt is None:
-            return prompt, None, False
-        inside = starts_inside(prompt.text, fmt)
-        if fmt.is_harmony and has_grammar:
-            # The model would write a channel's name first, which no user's grammar allows.
-            return prompt.append(fmt.closing), None, False
-        if inside and thinks is False:
-            # The template knows no switch.
-            prompt, inside = prompt.append(fmt.closing), False
-        return prompt, None if has_grammar else fmt, inside
-
-    def _arguments(self, thinks: bool | None) -> dict[str, object]:
-        arguments = dict(self.template_args)
-        if thinks is not None:
-            # DeepSeek and Granite call the switch `thinking`.
-            arguments |= {"enable_thinking": thinks, "thinking": thinks}
-            if not thinks:
-                arguments.setdefault("reasoning_effort", "low")
-        return arguments
+        return found.prompt, found.fmt, found.starts_inside
 
     def _generate(self, generation: _Generation, on_prompt: OnPrompt | None) -> Reply:
         """Stream one reply into `generation` and out. Sets `last_finish`."""
