@@ -117,7 +117,7 @@ class LlamaBackend:
         self._ctx = None
         self._vocab = C.llama_model_get_vocab(model)
         self.tokenizer = LlamaTokenizer(C, self._vocab)
-        self.facts = _read_facts(C, model, self.tokenizer)
+        self.facts = read_facts(C, model, self.tokenizer)
         self._ctx = _create_context(C, model, options, self.facts)
         self._memory = C.llama_get_memory(self._ctx)
         if not self._memory:
@@ -326,7 +326,7 @@ def open_backend(
     check_options(options)
     C = load_library()
     params, keep = fill_model_params(C, options)
-    watch = _LoadWatch(on_progress)
+    watch = LoadWatch(on_progress)
     params.progress_callback = callback = C.llama_progress_callback(watch.update)
     _log_sink.recent.clear()
     model = C.llama_model_load_from_file(os.fsencode(path), params)
@@ -351,7 +351,7 @@ def open_backend(
         raise
 
 
-class _LoadWatch:
+class LoadWatch:
     """Progress of a load. A Python signal handler can run inside the callback, so everything is
     caught there and raised again once the C call is back."""
 
@@ -434,7 +434,7 @@ def _read_meta(C: Any, model: Any, key: str) -> str:
     return read(key.format(read("general.architecture")))
 
 
-def _read_facts(C: Any, model: Any, tokenizer: LlamaTokenizer) -> ModelFacts:
+def read_facts(C: Any, model: Any, tokenizer: LlamaTokenizer) -> ModelFacts:
     vocab = C.llama_model_get_vocab(model)
     buffer = ctypes.create_string_buffer(256)
     C.llama_model_desc(model, buffer, len(buffer))

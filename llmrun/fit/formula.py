@@ -162,7 +162,9 @@ def _compute_bytes(
         scores = 4 * n_ubatch * (layout.n_head * n_cells + around)
         body_bytes = max(body_bytes, scores + 2 * layout.n_latent * n_cells)
     mask_bytes = (2 if flash_attn else 4) * (n_cells + n_cells_swa) * n_ubatch
-    output_bytes = 4 * (n_outputs * layout.n_vocab + n_ubatch * (4 * n_embd + n_per_layer))
+    # An encoder ends in its rows; it has no outputs over the vocabulary.
+    n_logits = 0 if layout.is_encoder else n_outputs * layout.n_vocab
+    output_bytes = 4 * (n_logits + n_ubatch * (4 * n_embd + n_per_layer))
     return max(body_bytes + mask_bytes, output_bytes)
 
 

@@ -249,6 +249,17 @@ def test_an_encoder_keeps_no_cache():
     assert need(info, n_ctx=512).kv_bytes == 0
 
 
+def test_an_encoder_computes_no_logits_but_has_room_for_them():
+    """llama.cpp's buffer of output rows holds a row of the vocabulary for each of them, even so."""
+    changes = {"n_ctx": 512, "n_ubatch": 512, "n_outputs_max": 512}
+    logits_bytes = 4 * 511 * 100_000
+    encoder, decoder = (make_info(name, n_vocab=100_000, **LLAMA) for name in ("bert", "llama"))
+    for info, grows in ((encoder, False), (decoder, True)):
+        many, few = need(info, **changes), need(info, **changes | {"n_outputs_max": 1})
+        assert many.overhead_bytes - few.overhead_bytes == logits_bytes
+        assert (many.compute_bytes > few.compute_bytes) == grows
+
+
 def test_prediction_layers_are_not_loaded():
     info = llama(nextn_predict_layers=1)
     found = need(info, n_ctx=256)
