@@ -27,6 +27,8 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 _HF_VARIABLES = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
+# What tells the tests what to do, not llmrun.
+_OUR_VARIABLES = ("LLMRUN_TEST_MODELS", "LLMRUN_REQUIRE_CHROMIUM")
 _LOOK_VARIABLES = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES")
 
 
@@ -52,7 +54,7 @@ def _isolate(home: Path) -> None:
     os.environ.setdefault("LLMRUN_TEST_MODELS", models)
     _keep_pip_settings()
     for name in list(os.environ):
-        foreign = name.startswith("LLMRUN_") and name != "LLMRUN_TEST_MODELS"
+        foreign = name.startswith("LLMRUN_") and name not in _OUR_VARIABLES
         if foreign or name.startswith(_HF_VARIABLES) or name in _LOOK_VARIABLES:
             del os.environ[name]
     for name, folder in {

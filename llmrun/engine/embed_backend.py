@@ -25,9 +25,9 @@ from llmrun.engine.embed_shape import (
 from llmrun.engine.embed_types import EmbedFacts
 from llmrun.engine.llama import (
     LoadWatch,
-    read_facts,
     forget_log,
     load_library,
+    read_facts,
     recent_log,
 )
 from llmrun.engine.params import check_options, fill_context_params, fill_model_params

@@ -92,7 +92,7 @@ def test_pull_and_fit_give_the_same_figures(
 ) -> None:
     cli = tall(tmp_path)
 
-    def fetch(invocation, resolved, events, projector) -> tuple[Path, ...]:
+    def fetch(invocation, resolved, events, projector, progress=None) -> tuple[Path, ...]:
         return tuple(cli.hub.write(tmp_path, file.path) for file in resolved.files)
 
     monkeypatch.setattr(acquire_module, "fetch", fetch)

@@ -28,7 +28,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Stands in for the download: what was fetched."""
     names: list[str] = []
 
-    def fetch(invocation, resolved, events, projector):
+    def fetch(invocation, resolved, events, projector, progress=None):
         names.extend(file.path for file in resolved.files)
         if projector:
             names.append(resolved.projector.path)

@@ -1,0 +1,307 @@
+"""What the server does for a request, whatever its dialect: find the model, wait for a place, run
+it, put the answer into the dialect's words."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llmrun.engine.types import EngineCounters, Tokenizer
+from llmrun.errors import LlmrunError
+from llmrun.server.embeddings import embed, rerank
+from llmrun.server.generate import Batch, generate
+from llmrun.server.host import ModelHost, Opened, Role
+from llmrun.server.lifecycle import ServerState
+from llmrun.server.metrics import Metrics
+from llmrun.server.prompts import ChatModel, Job
+from llmrun.server.reading import read_json
+from llmrun.server.replies import ReplyCollector
+from llmrun.server.streaming import StreamedAnswer, json_answer, while_connected
+from llmrun.server.types import (
+    AnswerContext,
+    ApiError,
+    ChatRequest,
+    EmbeddingRequest,
+    ErrorAnswer,
+    Finished,
+    Reply,
+    RerankRequest,
+    StreamEncoder,
+    TextRequest,
+)
+from llmrun.server.wire_extras import DetokenizeRequest, TokenizeRequest
+
+_log = logging.getLogger("llmrun.server")
+
+# Reading a body of this size takes the event loop a millisecond or so; larger ones go elsewhere.
+_LARGE_BODY_BYTES = 64 * 1024
+
+R = TypeVar("R")
+
+
+def _itself(request: Any) -> Any:
+    return request
+
+
+@dataclass(frozen=True, slots=True)
+class Wire(Generic[R]):
+    """A dialect's way to ask for text: its module's functions."""
+
+    parse: Callable[[object], R]
+    encode: Callable[[AnswerContext, R, Sequence[Reply]], Mapping[str, Any]]
+    encoder: Callable[[AnswerContext, R], StreamEncoder]
+    media_type: str
+    encode_error: Callable[[ApiError], ErrorAnswer]
+    work: Callable[[R], ChatRequest | TextRequest] = _itself
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What came of a model that reads only: a vector or a score for each input. `load_s` is a part
+    of `total_s`."""
+
+    model: str
+    values: Sequence[Any]
+    n_tokens: int
+    total_s: float
+    load_s: float
+
+
+class Service:
+    """One server: its models and its state."""
+
+    def __init__(
+        self,
+        host: ModelHost,
+        state: ServerState,
+        *,
+        version: str,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.host = host
+        self.state = state
+        self.version = version
+        self.metrics = Metrics(self.engine_counters, lambda: state.n_active)
+        self.now = now
+        self._models: weakref.WeakKeyDictionary[Opened, ChatModel] = weakref.WeakKeyDictionary()
+
+    # ---- text
+
+    async def answer(self, http: Request, wire: Wire[R]) -> Response:
+        """Parse, generate, encode. Raises ApiError and LlmrunError for what fails before anything
+        is sent."""
+        return await self.answer_request(http, wire, await read_body(http, wire.parse))
+
+    async def answer_request(self, http: Request, wire: Wire[R], request: R) -> Response:
+        """`answer` for a request that has been parsed."""
+        work = wire.work(request)
+        context = self.context(work.generation.model)
+        batches = self._batches(work)
+        if work.generation.stream:
+            return StreamedAnswer(
+                batches, wire.encoder(context, request), wire.media_type, wire.encode_error
+            )
+        replies = await while_connected(http.receive, _collect(batches))
+        return json_answer(wire.encode(context, request, replies))
+
+    async def _batches(self, request: ChatRequest | TextRequest) -> AsyncGenerator[Batch, None]:
+        generation = request.generation
+        async with self._use(generation.model, "chat", generation.keep_alive_s) as (opened, load_s):
+            model = self.chat_model(opened)
+            async with opened.admission.enter(_n_replies(request)):
+                jobs = await asyncio.to_thread(_prepare, model, request)
+                for job in jobs:
+                    job.reader.load_s = load_s
+                async with contextlib.aclosing(generate(model, jobs)) as batches:
+                    async for batch in batches:
+                        self._count(opened, batch)
+                        yield batch
+
+    @contextlib.asynccontextmanager
+    async def _use(
+        self, name: str, role: Role, keep_alive_s: float | None = None
+    ) -> AsyncIterator[tuple[Opened, float]]:
+        """The loaded model, and how long it took to come. Raises ApiError."""
+        started_s = time.perf_counter()
+        async with self.host.use(name, role, keep_alive_s) as opened:
+            yield opened, time.perf_counter() - started_s
+
+    def _count(self, opened: Opened, batch: Batch) -> None:
+        for _, event in batch:
+            if isinstance(event, Finished):
+                self.metrics.count_reply(opened.card.name, event)
+
+    async def count_tokens(self, request: ChatRequest) -> int:
+        """The tokens of a prompt, which is not run."""
+        async with self._use(request.generation.model, "chat") as (opened, _):
+            return await asyncio.to_thread(self.chat_model(opened).count_chat, request)
+
+    def chat_model(self, opened: Opened) -> ChatModel:
+        """The loaded model with its template, made once."""
+        model = self._models.get(opened)
+        if model is None:
+            assert opened.engine is not None
+            model = ChatModel(opened.engine, opened.sampling, n_ctx=opened.n_ctx)
+            self._models[opened] = model
+            weakref.finalize(opened, model.close)
+        return model
+
+    def context(self, name: str) -> AnswerContext:
+        """What an answer to a request for the model `name` says of itself."""
+        if not name:
+            names = [card.name for card in self.host.cards()]
+            name = names[0] if len(names) == 1 else ""
+        return AnswerContext(secrets.token_hex(12), self.now(), name)
+
+    async def touch(self, name: str, keep_alive_s: float | None, *, is_unload: bool) -> float:
+        """Load a model, or have it go; the seconds that took."""
+        if is_unload:
+            await self.host.unload(name)
+            return 0.0
+        async with self._use(name, "chat", keep_alive_s) as (_, load_s):
+            return load_s
+
+    # ---- vectors and scores
+
+    async def embed(self, http: Request, request: EmbeddingRequest) -> Values:
+        """A vector for each input."""
+        return await while_connected(http.receive, self._embed(request))
+
+    async def _embed(self, request: EmbeddingRequest) -> Values:
+        started_s = time.perf_counter()
+        name, keep_s = request.model, request.keep_alive_s
+        async with self._use(name, "embed", keep_s) as (opened, load_s):
+            assert opened.embedder is not None
+            vectors: list[list[float]] = []
+            n_tokens = 0
+            if request.inputs:  # without any, only the model is wanted
+                async with opened.admission.enter():
+                    found = await asyncio.to_thread(embed, opened.embedder, request)
+                    vectors, n_tokens = found
+        return Values(
+            self.context(name).model, vectors, n_tokens, time.perf_counter() - started_s, load_s
+        )
+
+    async def rerank(self, http: Request, request: RerankRequest) -> Values:
+        """A score for each document."""
+        return await while_connected(http.receive, self._rerank(request))
+
+    async def _rerank(self, request: RerankRequest) -> Values:
+        started_s = time.perf_counter()
+        async with self._use(request.model, "rank") as (opened, load_s):
+            assert opened.embedder is not None
+            async with opened.admission.enter():
+                scores, n_tokens = await asyncio.to_thread(rerank, opened.embedder, request)
+        name = self.context(request.model).model
+        return Values(name, scores, n_tokens, time.perf_counter() - started_s, load_s)
+
+    # ---- tokens
+
+    async def tokenize(self, request: TokenizeRequest) -> tuple[list[int], list[bytes]]:
+        """The tokens of a text, and each one's bytes."""
+        async with self._use_any(request.model) as tokenizer:
+            tokens = await asyncio.to_thread(
+                tokenizer.tokenize,
+                request.content,
+                add_special=request.add_special,
+                parse_special=request.parse_special,
+            )
+            return tokens, [tokenizer.piece(token) for token in tokens]
+
+    async def detokenize(self, request: DetokenizeRequest) -> str:
+        """The text of tokens. Raises ApiError for one outside of the vocabulary."""
+        async with self._use_any(request.model) as tokenizer:
+            for i, token in enumerate(request.tokens):
+                if token >= tokenizer.n_vocab:
+                    raise ApiError(
+                        "invalid_request",
+                        f"tokens[{i}] is not in the vocabulary of {tokenizer.n_vocab} tokens",
+                        param=f"tokens[{i}]",
+                    )
+            data = b"".join(tokenizer.piece(token) for token in request.tokens)
+            return data.decode("utf-8", "replace")
+
+    @contextlib.asynccontextmanager
+    async def _use_any(self, name: str) -> AsyncIterator[Tokenizer]:
+        """The model's vocabulary, loaded in whatever role is its own."""
+        card = await self.host.find(name)
+        role: Role = "chat" if card.can_chat else "rank" if card.can_rerank else "embed"
+        async with self._use(name, role) as (opened, _):
+            model = opened.engine or opened.embedder
+            assert model is not None
+            yield model.tokenizer
+
+    # ---- state
+
+    def health(self) -> Response:
+        """200 where requests are answered, 503 before and after that."""
+        body = {
+            "status": self.state.phase,
+            "models": [
+                {"name": each.card.name, "running": each.n_running, "parallel": each.n_parallel}
+                for each in self.host.loaded()
+            ],
+            "loading": [
+                {"name": each.name, "doing": each.doing, "share": round(each.share, 3)}
+                for each in self.host.loading()
+            ],
+        }
+        return json_answer(body, 200 if self.state.phase == "ready" else 503)
+
+    def engine_counters(self) -> list[tuple[str, EngineCounters]]:
+        """Of each loaded model that generates text."""
+        return [
+            (opened.card.name, opened.engine.counters)
+            for opened in self.host.opened()
+            if opened.engine is not None
+        ]
+
+    def report(self, error: Exception) -> None:
+        """Log a defect; what a client did wrong, or was told to wait for, is none."""
+        if not isinstance(error, ApiError | LlmrunError):
+            _log.error("a request failed", exc_info=error)
+
+
+def _n_replies(request: ChatRequest | TextRequest) -> int:
+    n_prompts = len(request.prompts) if isinstance(request, TextRequest) else 1
+    return n_prompts * request.generation.n
+
+
+def _prepare(model: ChatModel, request: ChatRequest | TextRequest) -> list[Job]:
+    if isinstance(request, ChatRequest):
+        return model.prepare_chat(request)
+    return model.prepare_text(request)
+
+
+async def _collect(batches: AsyncGenerator[Batch, None]) -> list[Reply]:
+    collectors: dict[int, ReplyCollector] = {}
+    async with contextlib.aclosing(batches):
+        async for batch in batches:
+            for i, event in batch:
+                collectors.setdefault(i, ReplyCollector()).feed(event)
+    return [collectors[i].reply() for i in sorted(collectors)]
+
+
+T = TypeVar("T")
+
+
+async def read_body(http: Request, parse: Callable[[object], T]) -> T:
+    """The request's body as `parse` reads it."""
+    body = await http.body()
+
+    def read() -> T:
+        return parse(read_json(body))
+
+    if len(body) > _LARGE_BODY_BYTES:
+        return await asyncio.to_thread(read)
+    return read()
