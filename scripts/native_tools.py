@@ -175,7 +175,7 @@ class Server:
     """A running llama-server. Asked from several threads; each keeps its connection."""
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        self.port = port
 
     def complete(self, prompt: list[int], n_new: int) -> dict[str, int]:
         """A greedy answer of exactly `n_new` tokens, in one piece: what it costs to send it token
@@ -189,7 +189,7 @@ class Server:
             "top_k": 1,
             "ignore_eos": True,
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         with contextlib.closing(connection):
             connection.request(
                 "POST", "/completion", json.dumps(body), {"Content-Type": "application/json"}
@@ -203,7 +203,7 @@ class Server:
         return {"n_cached": answer.get("timings", {}).get("cache_n", 0)}
 
     def is_ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             with contextlib.closing(connection):
                 connection.request("GET", "/health")
