@@ -14,10 +14,15 @@ and the smallest and largest one; above 1 is better for llmrun. Rows:
                    all new tokens by the whole time
   shared-prefix    16 requests with one new 600-token beginning and 12 tokens more, 32 new tokens
                    each, 8 at a time, against llama-server with 8 slots. Where every row costs the
-                   same, (8·612 + 8·12 + 16·32) / (612 + 15·12 + 16·32) = 4.2 is what can be had
+                   same, (8·612 + 8·12 + 16·32) / (612 + 15·12 + 16·32) = 4.2 is what can be had.
+                   The 16·32 are made in steps of 8 rows on both sides and cost more each (three
+                   times a prompt's row on Gemma 3 270M, with its vocabulary: then 2.8 can be had);
+                   beside the ratio stands this bound, by the measured cost of both kinds of rows
   ngram-edit, -list, -novel
-                   speculation on against off: a text copied with a change, a list continued, and
-                   sampled text that repeats nothing
+                   speculation on against off: a text copied that was to be changed, a list
+                   continued (lines of 21 tokens, alike but for a number in two places; SmolLM2
+                   ends it at 20, half a line before the last token), and sampled text that repeats
+                   nothing
   high-level       decoding against the binding's `Llama` class
   python-time      Python around the C calls, of each generated token (no ratio but its share)
   busy-…           steady threads beside busy programs, see `bench_busy.py`
@@ -394,6 +399,20 @@ def measure_streams(bench: Bench, model: Path, row_name: str) -> None:
                 f"tokens not read again in the last round: {n_cached['llmrun']}, "
                 f"server {n_cached['server']}, of {16 * 612}"
             )
+            bench.remark(f"by what rows cost here, {_shared_bound(bench, do):.1f} can be had")
+
+
+def _shared_bound(bench: Bench, do: Callable[[dict[str, Any]], Any]) -> float:
+    """The best ratio for `shared-prefix`: both sides make the same answers, in steps of 8 rows."""
+    reading, writing = [], []
+    for _ in range(3):
+        found = do({"prompts": [bench.tokens(612)], "n_new": 1, "n_at_once": 1})
+        reading.append(found["ttft_s"][0] / 612)
+        found = do({"prompts": [bench.tokens(2) for _ in range(8)], "n_new": 33, "n_at_once": 8})
+        writing.append(1 / sum(found["decode_tok_s"]))
+    read_s, write_s = statistics.median(reading), statistics.median(writing)
+    theirs_s = (8 * 612 + 8 * 12) * read_s + 16 * 32 * write_s
+    return theirs_s / ((612 + 15 * 12) * read_s + 16 * 32 * write_s)
 
 
 def measure_ngram(bench: Bench, model: Path, rows: list[str]) -> None:

@@ -60,19 +60,21 @@ class Drafter:
     def _plan(self, answering: list[Sequence], n_more_max: int) -> bool:
         if self._model is not None:
             return self._model.plan(answering, self._costs, n_more_max)
-        offers = []
+        if not self._costs.knows(len(answering)):
+            return False
+        all_guesses, offers = [], []
         for sequence in answering:
             if sequence.copying is None:
                 sequence.copying = CopyModel(sequence.n_prompt)
             sequence.copying.update(sequence.tokens)
             # The last token of an answer is never decoded, so there is nothing to guess after it.
             n_left = sequence.n_tokens_max - len(sequence.tokens) - 1
-            offers.append(sequence.copying.chances(min(n_left, n_more_max)))
+            guesses, chances = sequence.copying.offer(sequence.tokens, min(n_left, n_more_max))
+            all_guesses.append(guesses)
+            offers.append(chances)
         if not any(offers):
             return False
         lengths = choose_lengths(offers, self._costs, n_more_max=n_more_max)
-        for sequence, length in zip(answering, lengths, strict=True):
-            if length:
-                assert sequence.copying is not None
-                sequence.draft = sequence.copying.draft(sequence.tokens, length)
+        for sequence, guesses, length in zip(answering, all_guesses, lengths, strict=True):
+            sequence.draft = guesses[:length]
         return any(lengths)

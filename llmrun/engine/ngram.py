@@ -4,6 +4,10 @@ The last three tokens are looked up among all earlier ones; where they occurred 
 that followed is the guess for what comes now. Every token that then really comes is held against
 the guess, whether it was drafted or not: so how good guesses are is known before one has cost
 anything. (Text compressors call this a match model.)
+
+Few repeats are exact: lines of a list count on, a name is replaced, a word is put in or left out.
+So a long repeat goes on behind a token that differs, and what differed is learnt: the replacement
+comes again, the number counts on again, and where the last repeat differed this one will, too.
 """
 
 from __future__ import annotations
@@ -15,95 +19,144 @@ _TOKEN_BITS = 20  # vocabularies are smaller than a million
 _KEY_MASK = (1 << _ORDER * _TOKEN_BITS) - 1
 _N_CANDIDATES = 8  # earlier places that are compared, the latest first
 _MAX_MATCH = 32  # a longer agreement says no more
-# A repeat this long is not given up at one other token: a word was replaced, the rest goes on.
-_LONG = 8
+_N_HELD = 512  # of the prompt's last tokens are held against what they repeat; it takes time
+_MISS_COST = 8  # of the agreement; a repeat that has less ends at a token that differs
 
-# Kinds of guesses by how many tokens agreed before (the first: just after such a replaced token),
-# and how often a guess of the kind is taken for right before anything is known.
+# Kinds of guesses by how many tokens agreed before (the first: just after an unforeseen one) …
 _CLASS_FROM = (0, 3, 5, 8, 16, 32)
-_FIRST_CHANCES = (0.3, 0.4, 0.5, 0.7, 0.85, 0.93)
-_FIRST_WEIGHT = 4.0
-_KEEP = 0.97  # of the old counts at each new guess: the last thirty or so decide
 _CLASS_OF = tuple(
     max(c for c, start in enumerate(_CLASS_FROM) if n >= start) for n in range(_MAX_MATCH + 1)
 )
+# … and for tokens that are expected to differ: replaced as before; counted on; nobody knows how.
+_REPLACED, _COUNTED, _OTHER = range(len(_CLASS_FROM), len(_CLASS_FROM) + 3)
+# How often a guess of the kind is taken for right before anything is known.
+_FIRST_CHANCES = (0.3, 0.4, 0.5, 0.7, 0.85, 0.93, 0.3, 0.3, 0.3)
+_FIRST_WEIGHT = 4.0
+_KEEP = 0.97  # of the old counts at each new guess: the last thirty or so decide
 
 
 class CopyModel:
-    """The repeats of one growing list of tokens."""
+    """The repeats of one growing list of tokens.
+
+    A repeat holds what comes against its source: token by token an earlier place, the origin.
+    """
 
     def __init__(self, n_given: int) -> None:
-        """The first `n_given` tokens (the prompt) are searched, but teach nothing about guesses."""
+        """The first `n_given` tokens (the prompt) are searched, but teach no chances."""
         self._n_given = n_given
         self._n_seen = 0
         self._key = 0
         self._last: dict[int, int] = {}  # three tokens -> where they last ended
         self._before: list[int] = []  # place -> where its three tokens ended the time before
+        self._origins: list[int] = []  # place -> its origin, -1: it had none
+        self._replaced: dict[int, int] = {}  # token -> what came instead of it the last time
+        self._pending: tuple[int, int] | None = None  # the same, if the repeat goes on behind it
+        self._highest = 0  # a number up to here is a token
         self._source = -1  # the token expected next is the one here; -1: none is expected
-        self._n_match = 0
+        self._n_match = 0  # tokens that agreed since the last unforeseen one
+        self._trust = 0  # tokens that agreed, less the cost of those that did not
+        self._missed = -1  # the last origin that did not agree
         self._right = [chance * _FIRST_WEIGHT for chance in _FIRST_CHANCES]
         self._total = [_FIRST_WEIGHT] * len(_FIRST_CHANCES)
 
     def update(self, tokens: Sequence[int]) -> None:
         """Take in what `tokens` has more than at the last call."""
-        last, before = self._last, self._before
-        key = self._key
+        last, before, origins = self._last, self._before, self._origins
+        key, highest = self._key, self._highest
+        first_held = self._n_given - _N_HELD
         for place in range(self._n_seen, len(tokens)):
             token = tokens[place]
             key = (key << _TOKEN_BITS | token) & _KEY_MASK
-            if place >= self._n_given:
-                self._compare(tokens, token)
+            if token > highest:
+                highest = token
+            origins.append(self._source)
+            if self._source >= 0:
+                self._highest = highest
+                self._compare(tokens, place)
             earlier = -1
             if place >= _ORDER - 1:
                 earlier = last.get(key, -1)
                 last[key] = place
             before.append(earlier)
-            if self._n_match < _ORDER and place >= self._n_given - 1:
+            if earlier >= 0 and self._n_match < _ORDER and place >= first_held:
                 self._search(tokens, place)
-        self._key = key
+        self._key, self._highest = key, highest
         self._n_seen = len(tokens)
 
-    def draft(self, tokens: Sequence[int], n_max: int) -> list[int]:
-        """Up to `n_max` tokens that may come next; call after `update`. A repeat that reaches the
-        end of the text goes round again."""
-        source = self._source
+    def offer(self, tokens: Sequence[int], n: int) -> tuple[list[int], list[float]]:
+        """The next `n` tokens as guessed, and for each how likely it and all before it are right;
+        nothing where no repeat is known. Call after `update`. A repeat that reaches the end of the
+        text goes round again."""
+        guesses: list[int] = []
+        chances: list[float] = []
+        source, n_seen = self._source, self._n_seen
         if source < 0:
-            return []
-        found = list(tokens[source : source + n_max])
-        while len(found) < n_max:
-            found.append(found[source + len(found) - len(tokens)])
-        return found
-
-    def chances(self, n: int) -> list[float]:
-        """For each of the next `n` drafted tokens: how likely it and all before it are right."""
-        if self._source < 0:
-            return []
-        chances = []
+            return guesses, chances
         chance = 1.0
-        for n_match in range(self._n_match, self._n_match + n):
-            kind = _CLASS_OF[min(n_match, _MAX_MATCH)]
+        n_match = self._n_match
+        for place in range(source, source + n):
+            if place < n_seen:
+                token, origin = tokens[place], self._origins[place]
+            else:
+                token, origin = guesses[place - n_seen], place - n_seen + source
+            former = token
+            if origin >= 0:
+                former = tokens[origin] if origin < n_seen else guesses[origin - n_seen]
+            guess, kind = self._guess(token, former, n_match)
             chance *= self._right[kind] / self._total[kind]
+            guesses.append(guess)
             chances.append(chance)
-        return chances
+            n_match = min(n_match + 1, _MAX_MATCH)
+        return guesses, chances
 
-    def _compare(self, tokens: Sequence[int], token: int) -> None:
-        """Hold the token that came against the one expected."""
-        source = self._source
-        if source < 0:
-            return
-        is_right = tokens[source] == token
-        kind = _CLASS_OF[self._n_match]
-        self._right[kind] = self._right[kind] * _KEEP + is_right
-        self._total[kind] = self._total[kind] * _KEEP + 1
-        if is_right:
-            self._source = source + 1
+    def _guess(self, token: int, former: int, n_match: int) -> tuple[int, int]:
+        """What is expected in a repeat of `token`, and the kind of that guess. `former` is the
+        token at its origin: the same one where it was itself a copy."""
+        if token in self._replaced:
+            return self._replaced[token], _REPLACED
+        if token == former:
+            return token, _CLASS_OF[n_match]
+        next_token = token + token - former
+        # Vocabularies have the ten digits in a row.
+        if abs(token - former) == 1 and 0 <= next_token <= self._highest:
+            return next_token, _COUNTED
+        return token, _OTHER
+
+    def _compare(self, tokens: Sequence[int], place: int) -> None:
+        """Hold the token that came against the one expected, and go on to the next."""
+        came, source = tokens[place], self._source
+        token, origin = tokens[source], self._origins[source]
+        former = token if origin < 0 else tokens[origin]
+        guess, kind = self._guess(token, former, self._n_match)
+        if place >= self._n_given:
+            self._right[kind] = self._right[kind] * _KEEP + (guess == came)
+            self._total[kind] = self._total[kind] * _KEEP + 1
+        self._source = source + 1
+        if came in (token, guess):
             self._n_match = min(self._n_match + 1, _MAX_MATCH)
-        elif self._n_match >= _LONG:
-            self._source = source + 1
-            self._n_match = 0
+            self._trust = min(self._trust + 1, _MAX_MATCH)
+            if self._pending is not None:
+                self._replaced[self._pending[0]] = self._pending[1]
+            if came == token:
+                self._replaced.pop(token, None)
+            else:
+                self._replaced[token] = came
+            self._pending = None
+        elif self._trust >= _MISS_COST:
+            self._trust -= _MISS_COST
+            if kind not in (_REPLACED, _COUNTED, _OTHER):
+                self._n_match = 0
+            self._pending = None
+            if source + 1 < place and tokens[source + 1] == came:
+                self._source = source + 2  # one was left out
+            elif self._missed == source - 1 and tokens[source - 1] == came:
+                self._source = source  # the token before was put in
+            else:
+                self._pending = token, came
+            self._missed = source
         else:
             self._source = -1
-            self._n_match = 0
+            self._n_match = self._trust = 0
 
     def _search(self, tokens: Sequence[int], place: int) -> None:
         """Look for the earlier place that agrees longest with what ends at `place`."""
@@ -118,5 +171,6 @@ class CopyModel:
             if n > best:
                 best = n
                 self._source = candidate + 1
-                self._n_match = n
+                self._n_match = self._trust = n
+                self._pending = None
             candidate = self._before[candidate]

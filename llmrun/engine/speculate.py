@@ -9,10 +9,15 @@ the most expected tokens a second. Where that is the plain step, nothing is gues
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Kernels for the processor take rows by fours: 5 can cost more than 8, and 15 more than 16.
+_ROWS_TOGETHER = 4
+_KNOTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64)
+_FIRST_UNEVEN = 1.1
+_MAX_UNEVEN = 2.0
 _MANY_ROWS = 64  # from here on a step's time by the row is that of reading prompts
 _UNKNOWN_SLOPE = 0.35  # of a one-row step for each row more, before anything is known
 _SMOOTH = 0.3
@@ -36,12 +41,16 @@ class StepCosts:
     """Seconds of a step by its number of rows, from steps as they happen.
 
     What was not measured, or long ago, follows a line: a one-row step, plus for each further row
-    what a row costs in a prompt chunk. Times are of steps: nothing ages while nothing runs.
+    what a row costs in a prompt chunk. Above four rows, only multiples of four have costs of their
+    own; one factor says how much worse the numbers between them are than a line from one to the
+    next. Times are of steps: nothing ages while nothing runs.
     """
 
     def __init__(self) -> None:
         self._knots: dict[int, _Knot] = {}
         self._by_row_s: float | None = None
+        self._uneven = _FIRST_UNEVEN
+        self._n_least = math.inf  # rows of the shortest step that was measured
         self._now_s = 0.0
         self._table: list[float] = []  # of 0 … 64 rows; empty: to be made anew
 
@@ -50,6 +59,7 @@ class StepCosts:
         if n_steps < 1 or elapsed_s < _LEAST_S:
             return
         self._now_s += elapsed_s
+        self._n_least = min(self._n_least, n_rows)
         cost = elapsed_s / n_steps
         if n_rows > _MANY_ROWS:
             by_row = cost / n_rows
@@ -58,9 +68,16 @@ class StepCosts:
             self._table = []
             return
         at = min(_KNOTS, key=lambda rows: abs(rows - n_rows))
+        knot = self._knots.get(at)
         if at != n_rows:
+            if _is_uneven(n_rows) and knot is not None and self._weight(knot) > _NO_WEIGHT:
+                factor = cost * self._uneven / self.seconds(n_rows)
+                factor = min(max(factor, 1.0), _MAX_UNEVEN)
+                self._uneven += _SMOOTH * (factor - self._uneven)
+                self._table = []
+                return
             cost *= self.seconds(at) / self.seconds(n_rows)
-        one, knot = self._knots.get(1), self._knots.get(at)
+        one = self._knots.get(1)
         is_known = knot is not None and self._weight(knot) > 1
         if at > 1 and is_known and one is not None and self._now_s - one.at_s > _FRESH_S:
             # Only long steps lately: if they became slower, the short one has too.
@@ -86,6 +103,11 @@ class StepCosts:
         """Whether any step was measured."""
         return bool(self._knots) or self._by_row_s is not None
 
+    def knows(self, n_rows: int) -> bool:
+        """Whether a step of that many rows or fewer was measured: without, what a row more costs
+        can only be told from steps that are longer, and these seem cheap then."""
+        return n_rows >= self._n_least
+
     def rows_within(self, seconds: float) -> int | None:
         """How many rows of a prompt a step of that length can have; None: not known yet."""
         if self._by_row_s is None:
@@ -108,6 +130,9 @@ class StepCosts:
         for (low, at_low), (high, at_high) in itertools.pairwise(points):
             step = (at_high - at_low) / (high - low)
             table += [at_low + step * n for n in range(1, high - low + 1)]
+        for rows in range(len(table)):
+            if _is_uneven(rows):
+                table[rows] *= self._uneven
         return table
 
     def _one(self) -> float:
@@ -134,6 +159,10 @@ class StepCosts:
 
     def _weight(self, knot: _Knot) -> float:
         return float(knot.weight * 0.5 ** ((self._now_s - knot.at_s) / _HALF_LIFE_S))
+
+
+def _is_uneven(n_rows: int) -> bool:
+    return n_rows > _ROWS_TOGETHER and n_rows % _ROWS_TOGETHER != 0
 
 
 def choose_lengths(

@@ -32,6 +32,9 @@ class FreeRows(StepCosts):
     def seconds(self, n_rows: int) -> float:
         return 1.0
 
+    def knows(self, n_rows: int) -> bool:
+        return True
+
 
 def open_engine(path: Path, *, n_seq_max: int = 1) -> Engine:
     options = EngineOptions(
@@ -73,7 +76,7 @@ def check_choices(path: Path, prompt: list[int], answer: tuple[int, ...]) -> Non
 def test_greedy_tokens_are_the_models_own(smol: Engine) -> None:
     prompt = tokens_of(smol, LIST)
     outcome = generate(smol, prompt, 80, GREEDY)
-    assert outcome.finish.usage.n_drafted > outcome.finish.usage.n_accepted > 30
+    assert outcome.finish.usage.n_drafted >= outcome.finish.usage.n_accepted > 30
     check_choices(smollm2_path(), prompt, outcome.tokens)
 
 

@@ -60,6 +60,39 @@ def test_a_loop_takes_few_steps_and_gives_the_same_answer() -> None:
     assert n_steps[0] == 100 and n_steps[1] < 35
 
 
+def test_a_step_without_guesses_comes_first() -> None:
+    """Else what one costs would be told from the first step with guesses, and be far too much."""
+    backend = backend_of(n_seq_max=7)
+    prompt = tuple(looping_token((0,) * n) for n in range(30))
+    n_rows: list[int] = []
+    with engine_of(backend) as engine:
+        run(engine, prompt, 40)
+        n_rows += [sum(len(chunk.tokens) for chunk in batch) for batch in backend.batches]
+        n_alone = len(n_rows)
+        streams = [engine.submit(Request((*prompt, 40 + i), max_tokens=40)) for i in range(7)]
+        for stream in streams:
+            read(stream)
+    assert n_rows[:2] == [30, 1] and n_rows[2] > 4
+    assert len(backend.batches) - n_alone < 40
+    check_books(engine, backend)
+
+
+def test_lines_that_count_on_take_few_steps() -> None:
+    line = "{n}: lamp {n} of the northern arm is in good order\n"
+    text = "".join(line.format(n=n) for n in range(10, 40))
+
+    def list_token(tokens: tuple[int, ...]) -> int:
+        return ord(text[len(tokens)])
+
+    backend = backend_of(n_ctx=1600, next_token=list_token)
+    prompt = tuple(map(ord, text[:200]))
+    with engine_of(backend) as engine:
+        outcome = run(engine, prompt, 1000)
+    assert outcome.text == text[200:1200]
+    assert backend.n_steps < 7 + 1000 / 12
+    check_books(engine, backend)
+
+
 def test_wrong_guesses_leave_the_cache_as_it_was() -> None:
     backend = backend_of(next_token=copying_token)
     request = Request((33, 34, 35, 36, 37), max_tokens=150, ignore_eog=True)
