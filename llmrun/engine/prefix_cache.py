@@ -205,10 +205,14 @@ class PrefixCache:
         best = max(self.slots, key=lambda slot: (n_shared(slot), not slot.busy, -slot.used_at))
         spare = min((slot for slot in free if slot is not best), key=self._emptiest, default=None)
         if spare is not None:
-            # Another conversation that only starts alike (one system prompt for all) stays whole
-            # as long as there is an empty slot for this one.
-            is_other = 0 < n_shared(own) < n_held(own) // 2 and n_held(spare) == 0
-            if n_shared(best) > n_own(own) or (is_other and n_shared(best) >= n_own(own)):
+            # Another conversation that only starts alike (one system prompt for all, or the few
+            # tokens that a template begins with) stays whole as long as there is an empty slot
+            # for this one, or one that nobody has used for longer.
+            is_other = 0 < n_shared(own) < n_held(own) // 2
+            is_better = n_held(spare) == 0 or spare.used_at < own.used_at
+            if n_shared(best) > n_own(own) or (
+                is_other and is_better and n_shared(best) >= n_own(own)
+            ):
                 return Placement(spare, n_shared(best), copy_from=best)
         if n_own(own) == 0:
             return Placement(min(free, key=self._emptiest), 0)
