@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeGuard
 
+from llmrun.chat.number_gbnf import number_body
 from llmrun.chat.tool_schema import properties_of, resolve
 from llmrun.engine.grammar import grammar_of_schema
 from llmrun.errors import UsageError
@@ -23,7 +24,7 @@ _MAX_DEPTH = 32
 _MAX_REPETITION = 1000
 
 _COMMON = {
-    "space": '" "?',
+    "space": '" "',
     "hex": "[0-9a-fA-F]",
     "json-char": r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" hex hex hex hex)',
     "json-string": r'"\"" json-char* "\""',
@@ -175,8 +176,7 @@ class SchemaRules:
         if kind == "string":
             return self._string(schema)
         if kind in ("integer", "number"):
-            least = schema.get("minimum", schema.get("exclusiveMinimum"))
-            return f"natural-{kind}" if isinstance(least, int | float) and least >= 0 else kind
+            return number_body(schema, is_integer=kind == "integer") or kind
         return {"boolean": "boolean", "null": '"null"'}.get(kind, self._any)
 
     def write_object(self, schema: Mapping[str, object], depth: int = 0) -> str:
@@ -207,7 +207,8 @@ class SchemaRules:
         return write_members(self._writer, members, self._comma, extra)
 
     def _array(self, schema: Mapping[str, object], depth: int) -> str:
-        first = schema.get("prefixItems")
+        # What older drafts call `items` when each place has a schema of its own.
+        first = schema.get("prefixItems", schema.get("items"))
         if _is_list(first):
             inner = f" {self._comma} ".join(self.value(item, depth + 1) for item in first)
             return self._writer.add(f'"[" {inner} "]"')

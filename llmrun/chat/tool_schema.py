@@ -65,6 +65,11 @@ def resolve(reference: object, root: Mapping[str, object]) -> object:
     return at
 
 
+def has_target(reference: object, root: Mapping[str, object]) -> bool:
+    """Whether a `$ref` points to something in `root`."""
+    return resolve(reference, root) is not None
+
+
 def properties_of(schema: Mapping[str, object]) -> Mapping[str, object]:
     """The schema's properties, by name; empty where it names none."""
     properties = schema.get("properties")

@@ -121,7 +121,9 @@ def _one_of(chars: str, rng: random.Random) -> str:
     pattern = re.compile(f"[{'^' if negated else ''}{spelled}]")
     fitting = [char for char in _POOL if pattern.fullmatch(char)]
     if not fitting:
-        fitting = [chr(code) for code in range(32, 127) if pattern.fullmatch(chr(code))]
+        # Its own, where all of them are rare ones.
+        usual = [chr(code) for code in range(32, 127)]
+        fitting = [char for char in [*usual, *inner] if pattern.fullmatch(char)]
     return rng.choice(fitting)
 
 
