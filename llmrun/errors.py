@@ -112,6 +112,10 @@ class EngineError(LlmrunError):
     code = "engine"
 
 
+class EngineStoppedError(EngineError):
+    """The engine has come to an end by a failure of its own. Only loading the model again helps."""
+
+
 class ServerError(LlmrunError):
     """A model server that llmrun is a client of refuses, or answers what cannot be understood."""
 

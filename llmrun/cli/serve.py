@@ -8,6 +8,8 @@ import shlex
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -49,7 +51,7 @@ def serve(
             help="Print what to paste into a client's settings (list: which there are), and end.",
         ),
     ] = None,
-) -> int:
+) -> int | ClientSettings | ClientList:
     """Serve models to OpenAI, Anthropic and Ollama clients."""
     from llmrun.server.guard import check_bind
 
@@ -215,9 +217,9 @@ class _Server:
         self._status.pause()
         self._event({"event": "draining", "running": n_active})
         if n_active:
+            who = "1 request has" if n_active == 1 else f"{n_active} requests have"
             self._output.note(
-                f"ending: {n_active} requests have {self._settings.drain:g} s to finish "
-                "(once more to end at once)"
+                f"ending: {who} {self._settings.drain:g} s to finish (once more to end at once)"
             )
 
     def _event(self, event: dict[str, object]) -> None:
@@ -276,21 +278,58 @@ def _read_keep_alive(text: str) -> float:
     return 0.0 if found is None else found
 
 
-def _print_config(invocation: Invocation, client: str, models: list[str]) -> int:
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What `--print-config` prints."""
+
+    client: str
+    settings: str
+
+    def show(self, output: Output) -> None:
+        output.line(self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientList:
+    """The clients that `--print-config` knows, each with the kind of settings it gets."""
+
+    clients: Mapping[str, str]
+
+    def show(self, output: Output) -> None:
+        for name, words in self.clients.items():
+            output.line(f"{name:<18} {words}")
+
+
+def _print_config(
+    invocation: Invocation, client: str, models: list[str]
+) -> ClientSettings | ClientList:
     from llmrun.server.client_config import client_config, client_names
 
     settings = invocation.settings
     if client == "list":
-        for name, words in client_names():
-            invocation.output.line(f"{name:<18} {words}")
-        return 0
+        return ClientList(dict(client_names()))
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port or 8080}"
-    stored = [m.reference for m in invocation.services.store().models() if m.state == "complete"]
-    names = models or stored or ["smollm2-135m"]
+    names = _names_for_clients(invocation, models)
     has_key = settings.api_key is not None or settings.api_key_file is not None
-    invocation.output.line(client_config(client, url, names, has_key=has_key))
-    return 0
+    return ClientSettings(client, client_config(client, url, names, has_key=has_key))
+
+
+def _names_for_clients(invocation: Invocation, models: list[str]) -> list[str]:
+    """What the server would call these models, or those that are here and can answer."""
+    from llmrun.catalog.names import is_local_model
+    from llmrun.cli.acquire import resolve_model
+    from llmrun.cli.serve_cards import CardList, name_of_file
+
+    if models:
+        return [
+            name_of_file(resolve_model(invocation, model).local_paths[0])
+            if is_local_model(model)
+            else model
+            for model in models
+        ]
+    cards = [served.card for served in CardList(invocation).served()]
+    return [card.name for card in cards if card.can_chat] or ["smollm2-135m"]
 
 
 class _LogHandler(logging.Handler):

@@ -104,7 +104,7 @@ class CardList:
         assert card is not None
         is_file = resolved.origin == "local"
         # The path itself is nobody's business but the user's.
-        name = _safe_name(paths[0].name if is_file else resolved.reference)
+        name = name_of_file(paths[0]) if is_file else _safe_name(resolved.reference)
         names = {name, typed, *((paths[0].name,) if is_file else (resolved.reference,))}
         if not is_file and resolved.entry is not None and resolved.tag is None:
             names |= {resolved.entry.name, *resolved.entry.aliases}
@@ -335,6 +335,11 @@ def _is_default(entry: CatalogEntry, quant: str | None, path: str) -> bool:
     if entry.file is not None and path == entry.file:
         return True
     return quant is not None and normal_quant(quant) == normal_quant(entry.quant)
+
+
+def name_of_file(path: Path) -> str:
+    """What a model that was given as a file is called."""
+    return _safe_name(path.name)
 
 
 def _safe_name(name: str) -> str:

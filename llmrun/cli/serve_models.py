@@ -240,6 +240,8 @@ class ServedModels:
             close=close,
             engine=model.engine,
             sampling=model.sampling,
+            max_tokens=invocation.settings.max_tokens,
+            stop=invocation.settings.stop,
             n_parallel=plan.n_seq,
             uses=_uses(plan),
             unseen_bytes=_unseen_bytes(plan),

@@ -24,7 +24,13 @@ from llmrun.engine.embed_types import EmbedBackend, EmbedFacts
 from llmrun.engine.governor import Governor
 from llmrun.engine.rank_prompt import rank_prompt as rank_prompt
 from llmrun.engine.types import LoadProgress, Tokenizer
-from llmrun.errors import ContextOverflowError, EngineError, LlmrunError, UsageError
+from llmrun.errors import (
+    ContextOverflowError,
+    EngineError,
+    EngineStoppedError,
+    LlmrunError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from llmrun.gguf.types import ModelInfo
@@ -230,7 +236,7 @@ class Embedder:
                 raise UsageError("an input has tokens outside the model's vocabulary")
         with self._lock:
             if self._closed:
-                raise EngineError("the embedder is closed", why=_words(self._failure))
+                raise self._refusal()
             if job.inputs:
                 self._inbox.put(job)
         if not job.inputs:
@@ -345,11 +351,23 @@ class Embedder:
             self._closed = True
             left = [self._inbox.get() for _ in range(self._inbox.qsize())]
         self._is_running = False
-        failure = self._failure or EngineError("the embedder was closed")
-        if not isinstance(failure, LlmrunError):
-            failure = EngineError("the embedder stopped", why=_words(failure))
-        self._fail({*self._unanswered, *(job for job in left if job is not None)}, failure)
+        jobs = {*self._unanswered, *(job for job in left if job is not None)}
+        self._fail(jobs, self._ended_by())
         self._backend.close()
+
+    def _refusal(self) -> EngineError:
+        """For who comes after the end."""
+        kind = EngineError if self._failure is None else EngineStoppedError
+        return kind("the embedder is closed", why=_words(self._failure))
+
+    def _ended_by(self) -> EngineError:
+        """For those who were there at the end."""
+        failure = self._failure
+        if failure is None:
+            return EngineError("the embedder was closed")
+        if isinstance(failure, LlmrunError):
+            return EngineStoppedError(failure.message, why=failure.why, hint=failure.hint)
+        return EngineStoppedError("the embedder stopped", why=_words(failure))
 
 
 def _words(error: BaseException | None) -> str | None:

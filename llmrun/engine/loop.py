@@ -38,7 +38,13 @@ from llmrun.engine.types import (
     Speculative,
     Tokenizer,
 )
-from llmrun.errors import ContextOverflowError, EngineError, LlmrunError, UsageError
+from llmrun.errors import (
+    ContextOverflowError,
+    EngineError,
+    EngineStoppedError,
+    LlmrunError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from llmrun.engine.drafter import DraftModel
@@ -226,7 +232,7 @@ class Engine:
         stream = Stream(sequence, self._stop_step)
         with self._lock:
             if self._closed:
-                raise EngineError("the engine is closed", why=_words(self._failure))
+                raise self._refusal()
             self._answers.streams[sequence] = stream
             self._inbox.put(sequence)
         return stream
@@ -257,7 +263,7 @@ class Engine:
         task = _Task(action)
         with self._lock:
             if self._closed:
-                raise EngineError("the engine is closed", why=_words(self._failure))
+                raise self._refusal()
             self._inbox.put(task)
         return task.result.result()  # type: ignore[return-value]
 
@@ -320,9 +326,7 @@ class Engine:
             self._closed = True
             waiting = list(self._answers.streams)
             left = [self._inbox.get() for _ in range(self._inbox.qsize())]
-        failure = self._failure or EngineError("the engine was closed")
-        if not isinstance(failure, LlmrunError):
-            failure = EngineError("the engine stopped", why=_words(failure))
+        failure = self._ended_by()
         for item in left:
             if isinstance(item, _Task):
                 item.result.set_exception(failure)
@@ -331,6 +335,20 @@ class Engine:
         if self._draft_model is not None:
             self._draft_model.close()
         self._backend.close()
+
+    def _refusal(self) -> EngineError:
+        """For who comes after the end."""
+        kind = EngineError if self._failure is None else EngineStoppedError
+        return kind("the engine is closed", why=_words(self._failure))
+
+    def _ended_by(self) -> EngineError:
+        """For those who were there at the end."""
+        failure = self._failure
+        if failure is None:
+            return EngineError("the engine was closed")
+        if isinstance(failure, LlmrunError):
+            return EngineStoppedError(failure.message, why=failure.why, hint=failure.hint)
+        return EngineStoppedError("the engine stopped", why=_words(failure))
 
 
 def _words(error: BaseException | None) -> str | None:

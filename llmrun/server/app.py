@@ -190,8 +190,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         kind = _KIND_OF_STATUS.get(error.status_code, "invalid_request")
         what = f"{http.method} {http.url.path}" if kind == "not_found" else str(error.detail)
         message = f"there is no {what}; see /docs" if kind == "not_found" else what
-        answer = encode_error_for(http.scope, ApiError(kind, message))
-        return error_answer(answer)
+        answer = error_answer(encode_error_for(http.scope, ApiError(kind, message)))
+        answer.headers.update(error.headers or {})  # which methods there are
+        return answer
 
     async def defect(http: Request, error: Exception) -> Response:
         service.report(error)
@@ -336,12 +337,11 @@ def _add_extras(app: FastAPI, service: Service) -> None:
 
     async def tokenize(http: Request) -> Response:
         request = await read_body(http, wire_extras.parse_tokenize)
-        tokens, pieces = await service.tokenize(request)
-        return json_answer(wire_extras.encode_tokenize(request, tokens, pieces))
+        return json_answer(await service.tokenize(request))
 
     async def detokenize(http: Request) -> Response:
         request = await read_body(http, wire_extras.parse_detokenize)
-        return json_answer(wire_extras.encode_detokenize(await service.detokenize(request)))
+        return json_answer(await service.detokenize(request))
 
     async def health(http: Request) -> Response:
         return service.health()

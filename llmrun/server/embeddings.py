@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from llmrun.engine.embedder import Embedder, rank_prompt
 from llmrun.errors import ContextOverflowError, UsageError
 from llmrun.server.types import ApiError, EmbeddingRequest, RerankRequest
 
+T = TypeVar("T")
 
-def embed(embedder: Embedder, request: EmbeddingRequest) -> tuple[list[list[float]], int]:
+
+class Hold:
+    """What one request has an embedder compute. Either side may come first: what is begun after
+    `let_go` is taken back at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._future: Future[object] | None = None
+        self._is_gone = False
+
+    def wait(self, future: Future[T]) -> T:
+        """Its result. Raises CancelledError after `let_go`."""
+        with self._lock:
+            self._future = future  # type: ignore[assignment]
+            if self._is_gone:
+                future.cancel()
+        return future.result()
+
+    def let_go(self) -> None:
+        """From any thread: nobody needs the result any more."""
+        with self._lock:
+            self._is_gone = True
+            if self._future is not None:
+                self._future.cancel()
+
+
+def embed(
+    embedder: Embedder, request: EmbeddingRequest, hold: Hold | None = None
+) -> tuple[list[list[float]], int]:
     """A vector of length 1 for each input, and the number of tokens of all of them.
 
     Fewer `dimensions` are the first ones, scaled again: what models trained for it expect.
@@ -25,11 +57,13 @@ def embed(embedder: Embedder, request: EmbeddingRequest) -> tuple[list[list[floa
         )
     inputs = [_tokens_of(embedder, each, request.truncate) for each in request.inputs]
     n_tokens = sum(len(tokens) for tokens in inputs)
-    vectors = embedder.embed(inputs)
+    vectors = (hold or Hold()).wait(embedder.submit(inputs))
     return [scale(list(vector[: request.dimensions])) for vector in vectors], n_tokens
 
 
-def rerank(embedder: Embedder, request: RerankRequest) -> tuple[list[float], int]:
+def rerank(
+    embedder: Embedder, request: RerankRequest, hold: Hold | None = None
+) -> tuple[list[float], int]:
     """A score from 0 to 1 for each document, in their order, and the number of tokens of all."""
     pairs = [
         rank_prompt(embedder.tokenizer, embedder.facts, request.query, document)
@@ -38,7 +72,7 @@ def rerank(embedder: Embedder, request: RerankRequest) -> tuple[list[float], int
     for pair in pairs:
         if len(pair) > embedder.n_ctx:
             raise ContextOverflowError(len(pair), embedder.n_ctx)
-    scores = embedder.rank(pairs)
+    scores = (hold or Hold()).wait(embedder.submit_rank(pairs))
     if not embedder.facts.has_probabilities:
         scores = [_squash(score) for score in scores]
     return scores, sum(len(pair) for pair in pairs)

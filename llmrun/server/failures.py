@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmrun.errors import (
     AuthError,
     ContextOverflowError,
+    EngineStoppedError,
     HubUnreachableError,
     LlmrunError,
     NotFoundError,
@@ -16,6 +17,7 @@ from llmrun.server.types import ApiError, ErrorKind
 
 _HUB_RETRY_S = 30.0
 _MEMORY_RETRY_S = 10.0
+_RELOAD_RETRY_S = 1.0
 
 
 def api_error_of(error: LlmrunError) -> ApiError:
@@ -33,6 +35,14 @@ def api_error_of(error: LlmrunError) -> ApiError:
     if isinstance(error, NotFoundError):
         hint = f" ({error.hint})" if error.hint else ""
         return ApiError("not_found", words + hint, param="model", code="model_not_found")
+    if isinstance(error, EngineStoppedError):
+        # Why it did is the log's: the next request loads the model again.
+        return ApiError(
+            "unavailable",
+            "the model's engine has stopped and is started again: try again",
+            code=error.code,
+            retry_after_s=_RELOAD_RETRY_S,
+        )
     if isinstance(error, HubUnreachableError):
         return ApiError("unavailable", words, code=error.code, retry_after_s=_HUB_RETRY_S)
     kinds: tuple[tuple[type[LlmrunError], ErrorKind], ...] = (

@@ -166,7 +166,8 @@ class Loader:
                     if not other.leaving:
                         other.leaving = True
                         held.append(other)
-                if shelf.list_busy() == busy:
+                # While it was judged, the end may have been told; nothing is told a second time.
+                if shelf.list_busy() == busy and not self.is_closed:
                     await shelf.wait_changed(until_s - self._clock.now())
         finally:
             for other in held:

@@ -55,6 +55,7 @@ class Opened:
     `n_parallel` requests can be worked on at once. `n_ctx` is the most tokens that one of them can
     have, prompt and answer together; all share the engine's cache, which may be larger.
     `sampling` is what the model's makers and the server's user want where a request says nothing.
+    `max_tokens` bounds the answers to requests that set no bound, `stop` ends all answers.
     `uses` is the plan's memory by device, `unseen_bytes` what of the RAM among it the system
     reports as free all the same. `plan_line` is the plan in one line for people. `admission` is
     the host's: its places are the `n_parallel`.
@@ -67,6 +68,8 @@ class Opened:
     engine: EngineLike | None = None
     embedder: Embedder | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
     n_parallel: int = 1
     uses: Mapping[str, int] = field(default_factory=dict)
     unseen_bytes: int = 0

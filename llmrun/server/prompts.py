@@ -57,13 +57,18 @@ class ChatModel:
         *,
         template: PromptTemplate | None = None,
         n_ctx: int | None = None,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
     ) -> None:
         """`n_ctx`: the most tokens that one request may have, prompt and answer together, where
-        that is less than what the engine's cache holds."""
+        that is less than what the engine's cache holds. `max_tokens` is for requests that set no
+        bound; `stop` ends every answer."""
         self.engine = engine
         self.n_ctx = min(n_ctx or engine.n_ctx, engine.n_ctx)
         self.turns = RecentTurns(engine.tokenizer)
         self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._stop = stop
         self._template = template or template_for(engine.facts)
         self._template.start()
         self._thinking = detect_format(self._template.source, engine.tokenizer)
@@ -225,12 +230,12 @@ class ChatModel:
         show_special: bool = False,
     ) -> Request:
         n_room = self.n_ctx - len(tokens)
-        wanted = generation.max_tokens
+        wanted = self._max_tokens if generation.max_tokens is None else generation.max_tokens
         return Request(
             prompt=tokens,
             sampling=sampling,
             max_tokens=n_room if wanted is None else min(wanted, n_room),
-            stop=stop,
+            stop=(*stop, *self._stop),
             show_special=show_special,
             ignore_eog=generation.ignore_eog,
             n_logprobs=generation.n_logprobs,

@@ -52,6 +52,7 @@ class ReplyReader:
         self._n_calls = 0
         self._n_thinking = 0
         self._logprobs: list[TokenLogprob] = []
+        self._is_behind_tags = not isinstance(self._splitter, PlainSplitter)
         self.is_complete = False
 
     def read(self, event: TextEvent) -> list[ReplyEvent]:
@@ -67,12 +68,11 @@ class ReplyReader:
         parts = self._parts(self._splitter.flush())
         if self._tools is not None:
             parts += self._calls(self._tools.flush())
-        if self._logprobs:
-            parts.append(TextPart("", self._take_logprobs()))
-        has_calls = self._n_calls > 0
-        is_cut = self.is_complete and finish.reason == "cancelled"
+        if self._logprobs and not self._n_calls:
+            parts.append(TextPart("", self._take_logprobs("")))
         reason: Reason = finish.reason
-        if has_calls and (finish.reason == "stop" or is_cut):
+        # Where all that counts has been read, it does not matter how the engine came to its end.
+        if self._n_calls and (finish.reason == "stop" or self.is_complete):
             reason = "tool_calls"
         usage, timings = finish.usage, finish.timings
         n_read = usage.n_prompt - usage.n_cached
@@ -97,9 +97,9 @@ class ReplyReader:
             if delta.kind == "thinking":
                 parts.append(ThinkingPart(delta.text))
                 # They are the thinking's: no dialect has a place for these.
-                self._logprobs.clear()
+                self._drop_logprobs()
             elif self._tools is None:
-                parts.append(TextPart(delta.text, self._take_logprobs()))
+                parts.append(TextPart(delta.text, self._take_logprobs(delta.text)))
             else:
                 parts += self._calls(self._tools.feed(delta.text))
         return parts
@@ -112,8 +112,11 @@ class ReplyReader:
             if isinstance(part, Plain):
                 if self._n_calls and not part.text.strip():
                     continue  # between two calls
-                parts.append(TextPart(part.text, self._take_logprobs()))
-            elif isinstance(part, CallStart):
+                parts.append(TextPart(part.text, self._take_logprobs(part.text)))
+                continue
+            # Those of a call are told nowhere either.
+            self._drop_logprobs()
+            if isinstance(part, CallStart):
                 if self._n_calls and not self._parallel:
                     self.is_complete = True
                     break
@@ -123,9 +126,23 @@ class ReplyReader:
                 parts.append(CallArguments(part.index, part.text))
         return parts
 
-    def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
+    def _drop_logprobs(self) -> None:
+        self._logprobs.clear()
+        self._is_behind_tags = True
+
+    def _take_logprobs(self, text: str) -> tuple[TokenLogprob, ...]:
+        """Those that came with `text`, without the tags that may stand in front of it."""
         taken = tuple(self._logprobs)
         self._logprobs.clear()
+        if self._is_behind_tags and taken:
+            data = b"".join(each.piece for each in taken)
+            n_left = len(data) - max(0, data.rfind(text.encode("utf-8", "replace")))
+            for i in range(len(taken) - 1, -1, -1):
+                if n_left <= 0:
+                    taken = taken[i + 1 :]
+                    break
+                n_left -= len(taken[i].piece)
+            self._is_behind_tags = False
         return taken
 
 

@@ -11,14 +11,16 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from llmrun.engine.types import EngineCounters, Tokenizer
-from llmrun.errors import LlmrunError
-from llmrun.server.embeddings import embed, rerank
+from llmrun.errors import EngineStoppedError, LlmrunError
+from llmrun.server.background import run_in_thread
+from llmrun.server.embeddings import Hold, embed, rerank
 from llmrun.server.generate import Batch, generate
 from llmrun.server.host import ModelHost, Opened, Role
 from llmrun.server.lifecycle import ServerState
@@ -27,6 +29,7 @@ from llmrun.server.prompts import ChatModel, Job
 from llmrun.server.reading import read_json
 from llmrun.server.replies import ReplyCollector
 from llmrun.server.streaming import StreamedAnswer, json_answer, while_connected
+from llmrun.server.tokens import detokenize, tokenize
 from llmrun.server.types import (
     AnswerContext,
     ApiError,
@@ -40,6 +43,7 @@ from llmrun.server.types import (
     TextRequest,
 )
 from llmrun.server.wire_extras import DetokenizeRequest, TokenizeRequest
+from llmrun.text import escape_line
 
 _log = logging.getLogger("llmrun.server")
 
@@ -134,7 +138,18 @@ class Service:
         """The loaded model, and how long it took to come. Raises ApiError."""
         started_s = time.perf_counter()
         async with self.host.use(name, role, keep_alive_s) as opened:
-            yield opened, time.perf_counter() - started_s
+            try:
+                yield opened, time.perf_counter() - started_s
+            except EngineStoppedError as error:
+                self._give_up(opened, error)
+                raise
+
+    def _give_up(self, opened: Opened, error: EngineStoppedError) -> None:
+        """Have a broken engine go; all of its requests come here."""
+        if opened in self.host.opened():
+            name = escape_line(opened.card.name)
+            _log.error("%s has to be loaded again: %s", name, error.message, exc_info=error)
+        self.host.discard(opened)
 
     def _count(self, opened: Opened, batch: Batch) -> None:
         for _, event in batch:
@@ -151,7 +166,13 @@ class Service:
         model = self._models.get(opened)
         if model is None:
             assert opened.engine is not None
-            model = ChatModel(opened.engine, opened.sampling, n_ctx=opened.n_ctx)
+            model = ChatModel(
+                opened.engine,
+                opened.sampling,
+                n_ctx=opened.n_ctx,
+                max_tokens=opened.max_tokens,
+                stop=opened.stop,
+            )
             self._models[opened] = model
             weakref.finalize(opened, model.close)
         return model
@@ -186,7 +207,7 @@ class Service:
             n_tokens = 0
             if request.inputs:  # without any, only the model is wanted
                 async with opened.admission.enter():
-                    found = await asyncio.to_thread(embed, opened.embedder, request)
+                    found = await _run_held(partial(embed, opened.embedder, request))
                     vectors, n_tokens = found
         return Values(
             self.context(name).model, vectors, n_tokens, time.perf_counter() - started_s, load_s
@@ -201,35 +222,22 @@ class Service:
         async with self._use(request.model, "rank") as (opened, load_s):
             assert opened.embedder is not None
             async with opened.admission.enter():
-                scores, n_tokens = await asyncio.to_thread(rerank, opened.embedder, request)
+                scores, n_tokens = await _run_held(partial(rerank, opened.embedder, request))
         name = self.context(request.model).model
         return Values(name, scores, n_tokens, time.perf_counter() - started_s, load_s)
 
     # ---- tokens
 
-    async def tokenize(self, request: TokenizeRequest) -> tuple[list[int], list[bytes]]:
-        """The tokens of a text, and each one's bytes."""
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, object]:
+        """The answer's body: the tokens of a text, with each one's bytes where they are wanted."""
         async with self._use_any(request.model) as tokenizer:
-            tokens = await asyncio.to_thread(
-                tokenizer.tokenize,
-                request.content,
-                add_special=request.add_special,
-                parse_special=request.parse_special,
-            )
-            return tokens, [tokenizer.piece(token) for token in tokens]
+            return await asyncio.to_thread(tokenize, tokenizer, request)
 
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """The text of tokens. Raises ApiError for one outside of the vocabulary."""
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, object]:
+        """The answer's body: the text of tokens. Raises ApiError for one outside of the
+        vocabulary."""
         async with self._use_any(request.model) as tokenizer:
-            for i, token in enumerate(request.tokens):
-                if token >= tokenizer.n_vocab:
-                    raise ApiError(
-                        "invalid_request",
-                        f"tokens[{i}] is not in the vocabulary of {tokenizer.n_vocab} tokens",
-                        param=f"tokens[{i}]",
-                    )
-            data = b"".join(tokenizer.piece(token) for token in request.tokens)
-            return data.decode("utf-8", "replace")
+            return await asyncio.to_thread(detokenize, tokenizer, request)
 
     @contextlib.asynccontextmanager
     async def _use_any(self, name: str) -> AsyncIterator[Tokenizer]:
@@ -281,6 +289,16 @@ def _prepare(model: ChatModel, request: ChatRequest | TextRequest) -> list[Job]:
     if isinstance(request, ChatRequest):
         return model.prepare_chat(request)
     return model.prepare_text(request)
+
+
+async def _run_held(work: Callable[[Hold], R]) -> R:
+    """`work` in a thread of its own: those for all share few, and this may take long. What it has
+    given to an embedder is taken back when nobody waits for it any more."""
+    hold = Hold()
+    try:
+        return await run_in_thread(lambda: work(hold), "llmrun-embed")
+    finally:
+        hold.let_go()
 
 
 async def _collect(batches: AsyncGenerator[Batch, None]) -> list[Reply]:

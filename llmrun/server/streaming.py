@@ -92,6 +92,7 @@ class StreamedAnswer(Response):
         self._encode_error = encode_error
         self._head_wait_s = head_wait_s
         self._has_head = False
+        self._has_reader = True
         self._failure: Exception | None = None
         self.on_end: Callable[[int, Exception | None], None] | None = None
         self.background = None
@@ -109,6 +110,8 @@ class StreamedAnswer(Response):
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
                 pump.result()
+            else:
+                self._has_reader = False
         finally:
             await _end(pump, gone)
             await self._batches.aclose()
@@ -125,8 +128,8 @@ class StreamedAnswer(Response):
                     await self._send(send, data)
             await self._send(send, self._encoder.finish(), is_last=True)
         except asyncio.CancelledError:
-            # The server ends, or the client has gone: who still listens hears that it is no end.
-            if self._has_head:
+            # The server ends: who still listens hears that this is no end.
+            if self._has_head and self._has_reader:
                 failure = ApiError("unavailable", "the server is shutting down")
                 with contextlib.suppress(Exception):
                     await self._send(send, self._encoder.fail(failure), is_last=True)

@@ -261,9 +261,9 @@ Reason = Literal["stop", "length", "tool_calls", "cancelled"]
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a reply. `stop` is the stop string that ended it, if one did. `prompt_s`
-    is the time from the start of the work on the prompt to the first token, `decode_s` from there
-    to the last one, `load_s` what loading the model took for this request. `n_thinking` of the
-    tokens were thinking; None where they were not counted."""
+    is the time from the start of the work on the prompt to the first token, `decode_s` that of all
+    tokens at the pace of those after the first, `load_s` what loading the model took for this
+    request. `n_thinking` of the tokens were thinking; None where they were not counted."""
 
     reason: Reason
     usage: Usage

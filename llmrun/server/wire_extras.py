@@ -12,6 +12,7 @@ from llmrun.server.types import RerankRequest
 
 MAX_DOCUMENTS = 2048
 MAX_TOKENS = 1 << 20
+MAX_CHARS = 4 * MAX_TOKENS
 _MAX_TOKEN = 2**31 - 1
 _MAX_NAME_CHARS = 512
 
@@ -98,7 +99,7 @@ def parse_tokenize(body: object) -> TokenizeRequest:
     fields.require("content")
     return TokenizeRequest(
         fields.text("model", max_chars=_MAX_NAME_CHARS),
-        fields.text("content"),
+        fields.text("content", max_chars=MAX_CHARS),
         add_special=fields.flag("add_special"),
         parse_special=fields.flag("parse_special", True),
         with_pieces=fields.flag("with_pieces"),
@@ -175,7 +176,7 @@ SCHEMA_TOKENIZE: dict[str, object] = {
     "required": ["content"],
     "properties": {
         "model": {"type": "string"},
-        "content": {"type": "string"},
+        "content": {"type": "string", "maxLength": MAX_CHARS},
         "add_special": {"type": "boolean", "default": False},
         "parse_special": {"type": "boolean", "default": True},
         "with_pieces": {"type": "boolean", "default": False},

@@ -46,6 +46,11 @@ _STORED = {
     "conversation": "this server is stateless: send the whole conversation as input",
     "prompt": "this server keeps no prompt templates: send the prompt as instructions and input",
 }
+# What the provider's machines would run, and tools whose calls no model here knows how to write.
+_FOREIGN_TOOLS = (
+    "apply_patch", "code_interpreter", "computer", "custom", "file_search", "image_generation",
+    "local_shell", "mcp", "namespace", "shell", "tool_search", "web_search",
+)  # fmt: skip
 # What an answer says again without having looked at it.
 _ECHOED_TEXTS = ("user", "safety_identifier", "prompt_cache_key")
 
@@ -172,10 +177,14 @@ def _read_metadata(fields: Fields) -> dict[str, object]:
 
 
 def _read_tools(fields: Fields) -> tuple[Tool, ...]:
+    """The functions. Agents send what only the provider can run beside them, whatever the model:
+    that is left out, and the model does not hear of it."""
     tools: dict[str, Tool] = {}
     for given in fields.objects("tools", max_items=MAX_TOOLS):
         given.require("type")
         kind = given.text("type", max_chars=_MAX_NAME_CHARS)
+        if kind.startswith(_FOREIGN_TOOLS):
+            continue
         if kind != "function":
             raise given.error("type", f"is {kind!r}, but this server takes only functions")
         name = _read_tool_name(given)
@@ -221,7 +230,12 @@ def _read_tool_choice(
         return tools, ToolChoice("named", _known(choice, tools))
     choice.require("mode")
     mode = choice.choice("mode", ("auto", "required"))
-    allowed = {_known(entry, tools) for entry in choice.objects("tools", max_items=MAX_TOOLS)}
+    entries = choice.objects("tools", max_items=MAX_TOOLS)
+    allowed = {
+        _known(entry, tools)
+        for entry in entries
+        if not entry.text("type", "function", max_chars=_MAX_NAME_CHARS).startswith(_FOREIGN_TOOLS)
+    }
     left = tuple(tool for tool in tools if tool.name in allowed)
     return left, _as_choice(choice, "tools", mode, left)
 

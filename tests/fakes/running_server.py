@@ -140,6 +140,10 @@ class RunningServer:
             assert time.monotonic() < give_up, f"{what} never happened"
             time.sleep(0.002)
 
+    def until_answered(self) -> None:
+        """Until no request is being worked on; some of it is done after an answer's last byte."""
+        self.until(lambda: not self.state.n_active, "the end of all requests")
+
     def until_idle(self) -> None:
         """Until nothing is being worked on: no request, and no sequence in any engine."""
         self.until(lambda: not self.state.n_active and not any(self.counts()), "the end of work")

@@ -784,6 +784,37 @@ def test_close_ends_a_load_that_waits_for_busy_models():
     run(main, sizes={"a": 40, "big": 80})
 
 
+def test_close_ends_a_load_that_is_just_being_judged():
+    """Then it does not wait yet for a change, of which it would be told."""
+
+    async def main(server: Server) -> None:
+        opener = server.opener
+        judge, go_on = opener.judge, threading.Event()
+        busy = server.ask("a")
+        await busy.has_it()
+        n_before = len(opener.rooms)
+
+        def judge_slowly(*args: Any) -> Any:
+            judgment = judge(*args)
+            if len(opener.rooms) == n_before + 2:  # with all others gone: the last before it waits
+                assert go_on.wait(20)
+            return judgment
+
+        opener.judge = judge_slowly  # type: ignore[method-assign]
+        big = server.ask("big")
+        await until(lambda: len(opener.rooms) == n_before + 2)
+        closing = asyncio.ensure_future(server.host.close())
+        await turn()
+        go_on.set()
+        async with asyncio.timeout(20):
+            await closing
+        with pytest.raises(ApiError):
+            await big.task
+        await busy.end()
+
+    run(main, sizes={"a": 40, "big": 80})
+
+
 def test_a_loop_that_ends_in_mid_load_leaves_no_model_behind():
     opener = FakeOpener(100, SIZES)
 

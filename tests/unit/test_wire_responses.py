@@ -278,7 +278,7 @@ def test_allowed_tools_leave_only_these() -> None:
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_object"}}, "grammar": "root ::= x"}, "grammar"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "teleport"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{**WEATHER, "parameters": []}]}, "tools[0].parameters"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
