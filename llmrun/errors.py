@@ -11,6 +11,7 @@
     │   └── GgufError           exit 7   bad_gguf
     ├── ContextOverflowError    exit 1   context_length_exceeded
     ├── EngineError             exit 1   engine
+    │   └── EngineStoppedError  exit 1   engine
     ├── ServerError             exit 1   server
     │   └── ServerUnreachableError  exit 6   server_unreachable
     └── TemplateError           exit 1   template

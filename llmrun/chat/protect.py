@@ -180,9 +180,11 @@ def tokenize_segments(
 ) -> list[int]:
     """Tokens of a part of a prompt, without BOS. `is_start`: nothing comes before it."""
     tokens: list[int] = []
+    # A text can be made of one literal a hundred thousand times.
+    literals = _KnownLiterals(tokenizer)
     for i, segment in enumerate(segments):
         if segment.is_literal:
-            tokens += _tokenize_literal(segment.text, tokenizer)
+            tokens += literals[segment.text]
         elif is_start and i == 0:
             tokens += tokenizer.tokenize(segment.text, add_special=False, parse_special=True)
         else:
@@ -262,17 +264,29 @@ def tokenize_plain(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     the text itself."""
     guard = Guard(tokenizer, "")
     parts = guard.restore(guard.protect(text)).segments
+    literals = _KnownLiterals(tokenizer)
     tokens: list[int] = []
     if not parts or parts[0].is_literal:
         tokens += tokenizer.tokenize("", add_special=True, parse_special=False)
     for i, part in enumerate(parts):
         if part.is_literal:
-            tokens += _tokenize_literal(part.text, tokenizer)
+            tokens += literals[part.text]
         elif i == 0:
             tokens += tokenizer.tokenize(part.text, add_special=True, parse_special=False)
         else:
             tokens += _without_space_prefix(part.text, tokenizer, parse_special=False)
     return tuple(tokens)
+
+
+class _KnownLiterals(dict[str, list[int]]):
+    """The tokens of each literal, made once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, text: str) -> list[int]:
+        self[text] = tokens = _tokenize_literal(text, self._tokenizer)
+        return tokens
 
 
 def _tokenize_literal(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -2,7 +2,7 @@
 
 The binding's converter (`engine.grammar`) only writes JSON, refuses schemas without a `type`,
 which tools often have, and recursive ones, and does not escape quotes. Here it is used for
-patterns and formats of strings alone. As there, numeric ranges are not enforced.
+patterns and formats of strings alone.
 """
 
 from __future__ import annotations

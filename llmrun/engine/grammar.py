@@ -9,6 +9,10 @@ from llmrun.engine.llama import import_binding
 from llmrun.errors import UsageError
 
 _MAX_SCHEMA_BYTES = 256 * 1024
+# The converter writes repetitions out: a few characters can ask for gigabytes.
+_MAX_TIMES = 2000
+_TIMES = re.compile(r"\{\s*([0-9]*)\s*(?:,\s*([0-9]*)\s*)?\}")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 # A literal or a character class of GBNF, whichever begins first.
@@ -34,9 +38,12 @@ def grammar_of_schema(schema_text: str) -> str:
         raise UsageError("a JSON schema is a JSON object", hint=hint)
     converter = import_binding("llama_grammar")
     try:
+        _check_repetitions(schema)
         return _without_bare_controls(str(converter.json_schema_to_gbnf(json.dumps(schema))))
     except RecursionError as error:
         raise UsageError("the JSON schema is nested too deeply") from error
+    except UsageError:
+        raise
     except Exception as error:
         # The converter raises bare KeyError, ValueError, AssertionError, … by the kind of defect.
         raise UsageError(
@@ -44,6 +51,28 @@ def grammar_of_schema(schema_text: str) -> str:
             why=f"{type(error).__name__}: {error}",
             hint="use type, properties, required, items, enum, const, anyOf and local $ref",
         ) from error
+
+
+def _check_repetitions(schema: object) -> None:
+    """Raises UsageError where something has to be there too many times."""
+    if isinstance(schema, list):
+        for inner in schema:
+            _check_repetitions(inner)
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.items():
+        _check_repetitions(value)
+        counts: list[str] = []
+        if name == "pattern" and isinstance(value, str):
+            counts = [count for pair in _TIMES.findall(value) for count in pair]
+        elif name in _COUNTS and isinstance(value, int):
+            counts = [str(value)]
+        # By its length first: Python refuses to read numbers of thousands of digits.
+        if any(len(count) > 9 or int(count or 0) > _MAX_TIMES for count in counts):
+            raise UsageError(
+                "the JSON schema cannot be turned into a grammar",
+                why=f"{name} asks for more than {_MAX_TIMES} repetitions",
+            )
 
 
 def _without_bare_controls(grammar: str) -> str:

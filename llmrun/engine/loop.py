@@ -296,8 +296,10 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - the waiting callers get it
             self._failure = error
         finally:
-            self._shut_down()
-            self._ended.set()
+            try:
+                self._shut_down()
+            finally:  # whatever goes wrong in it, nobody waits for ever
+                self._ended.set()
 
     def _take_requests(self) -> bool:
         """Collect new requests; waits for one when there is nothing to do. False: close."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 from llmrun.engine.types import SpecialLiteral
@@ -15,6 +16,7 @@ _USER_DEFINED = 16
 _SPECIAL = _UNKNOWN | _CONTROL | _USER_DEFINED
 
 _INT32_MIN = -(2**31)
+_PIECE_CHARS = 32 * 1024
 
 
 class LlamaTokenizer:
@@ -71,10 +73,23 @@ class LlamaTokenizer:
         # Text that spells a special token always gets one when specials are parsed, so harmless
         # text is told by one tokenization. Only other text needs the list of all special tokens:
         # matches hide one another where they overlap, so the tokens found are not the answer.
-        tokens = set(self.tokenize(text, add_special=False, parse_special=True))
-        if not any(self._attribute(token) & _SPECIAL for token in tokens):
+        if not any(map(self._spells_special, self._pieces(text))):
             return ()
         return tuple(literal for literal in self._all_literals() if literal.text in text)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Parts of a long text that overlap by what a literal may have: the library takes time
+        by the square of the number of special tokens."""
+        if len(text) <= _PIECE_CHARS:
+            yield text
+            return
+        n_over = max((len(literal.text) for literal in self._all_literals()), default=0)
+        for start in range(0, len(text), _PIECE_CHARS):
+            yield text[start : start + _PIECE_CHARS + n_over]
+
+    def _spells_special(self, text: str) -> bool:
+        tokens = set(self.tokenize(text, add_special=False, parse_special=True))
+        return any(self._attribute(token) & _SPECIAL for token in tokens)
 
     def _all_literals(self) -> tuple[SpecialLiteral, ...]:
         """Every special token of the vocabulary, read once (0.2 s for 262,144 tokens)."""

@@ -75,9 +75,8 @@ class GuardMiddleware:
             if self._log is not None:
                 path = scope["path"][:200].encode("ascii", "backslashreplace").decode()
                 ms = (time.monotonic() - began) * 1000
-                self._log(
-                    f"{_printable(scope['method'])} {_printable(path)} {answer.status} {ms:.0f}"
-                )
+                status = answer.status or _GONE
+                self._log(f"{_printable(scope['method'])} {_printable(path)} {status} {ms:.0f}")
 
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:

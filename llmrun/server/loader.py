@@ -66,9 +66,8 @@ class Loader:
             failure = error
         except Exception as error:  # noqa: BLE001 - told to those who wait
             _log.exception("loading %s failed", escape_line(slot.card.name))
-            failure = EngineError(
-                "the model could not be loaded", why=f"{type(error).__name__}: {error}"
-            )
+            # Its words may hold what is no client's business, such as paths; the log has them.
+            failure = EngineError("the model could not be loaded", why=type(error).__name__)
         except BaseException:
             shelf.forget(slot)
             raise

@@ -33,6 +33,9 @@ from llmrun.errors import ContextOverflowError, UsageError
 from llmrun.server.replies import ReplyReader
 from llmrun.server.types import ApiError, ChatRequest, Generation, SamplingWishes, TextRequest
 
+# Text with more characters in a token is rare, and then all of it is tokenized.
+_PROBE_CHARS = 16
+
 
 @dataclass(slots=True)
 class Job:
@@ -88,7 +91,7 @@ class ChatModel:
         """A job for each of the `n` replies. Raises the LlmrunErrors of templates, grammars and
         prompts that are too long."""
         generation = request.generation
-        _check_size(sum(len(message.content) for message in request.messages))
+        self._check_sizes(request)
         specs = () if request.tool_choice.mode == "none" else _specs(request)
         grammar = self._grammar_of(request, specs)
         found = self._render(request, specs, grammar is not None)
@@ -213,6 +216,7 @@ class ChatModel:
                 raise UsageError("the prompt is empty")
             return prompt
         _check_size(len(prompt))
+        self._check_far_too_long([prompt])
         tokens = tokenize_plain(prompt, self.engine.tokenizer)
         if not tokens:
             raise UsageError("the prompt is empty")
@@ -249,6 +253,25 @@ class ChatModel:
         if first.seed is None:
             return [first] * generation.n
         return [replace(first, seed=first.seed + i) for i in range(generation.n)]
+
+    def _check_sizes(self, request: ChatRequest) -> None:
+        _check_size(sum(len(message.content) for message in request.messages))
+        # Of the model's own turns templates leave things out.
+        others = [each.content for each in request.messages if each.role != "assistant"]
+        self._check_far_too_long(others)
+
+    def _check_far_too_long(self, texts: Sequence[str]) -> None:
+        """Raise ContextOverflowError, with an estimate, for what is several times too long: all of
+        it would keep the processor busy for seconds."""
+        n_chars, n_probe = sum(map(len, texts)), _PROBE_CHARS * self.n_ctx
+        if n_chars <= 2 * n_probe:
+            return
+        probe = "".join(text[:n_probe] for text in texts)[:n_probe]
+        n_tokens = len(
+            self.engine.tokenizer.tokenize(probe, add_special=False, parse_special=False)
+        )
+        if n_tokens > 2 * self.n_ctx:
+            raise ContextOverflowError(n_tokens * n_chars // len(probe), self.n_ctx)
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         if len(tokens) >= self.n_ctx:

@@ -166,4 +166,4 @@ def test_a_long_text_full_of_them_takes_one_pass(tokenizer: LlamaTokenizer) -> N
         assert tokenizer.special_literals(text)
     finally:
         del tokenizer.tokenize  # type: ignore[attr-defined]
-    assert calls == [len(text)]
+    assert len(calls) == 1 and calls[0] <= len(text)

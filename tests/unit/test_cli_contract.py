@@ -96,6 +96,7 @@ def test_exit_codes_of_errors() -> None:
         "GgufError": (7, "bad_gguf"),
         "ContextOverflowError": (1, "context_length_exceeded"),
         "EngineError": (1, "engine"),
+        "EngineStoppedError": (1, "engine"),
         "ServerError": (1, "server"),
         "ServerUnreachableError": (6, "server_unreachable"),
         "TemplateError": (1, "template"),

@@ -334,3 +334,23 @@ def test_many_who_come_and_go_do_not_keep_an_answer_from_its_end() -> None:
             read(guest)
     assert steps_of(backend, 7)[-1] < 60
     assert answer.tokens == ideal_answer(request, 256, endless_token).tokens
+
+
+def test_an_engine_whose_backend_cannot_be_closed_still_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+    class Stuck(FakeBackend):
+        def close(self) -> None:
+            raise RuntimeError("no")
+
+    closed = threading.Event()
+    engine = Engine(Stuck())
+
+    def close() -> None:
+        engine.close()
+        closed.set()
+
+    threading.Thread(target=close, daemon=True).start()
+    assert closed.wait(30)
