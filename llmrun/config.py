@@ -89,6 +89,7 @@ class Settings:
     max_queue: int = 64
     keep_alive: str = "5m"
     allow_pull: bool = False
+    allow_grammar: bool = False
     api_key: str | None = field(default=None, repr=False)
     api_key_file: str | None = None
     insecure: bool = False

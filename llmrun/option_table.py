@@ -301,6 +301,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("allow_pull", "flag", "serve", "Download a model that a request asks for.", False),
     Option(
+        "allow_grammar",
+        "flag",
+        "serve",
+        "Take grammars as they are from requests; one can keep a model busy for ever.",
+        False,
+    ),
+    Option(
         "api_key",
         "text",
         "serve",

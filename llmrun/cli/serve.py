@@ -152,7 +152,7 @@ class _Server:
             ),
         )
         state = lifecycle.ServerState()
-        service = Service(host, state, version=__version__)
+        service = Service(host, state, version=__version__, takes_grammars=settings.allow_grammar)
         status = self._status = StatusLine(output, service)
         app = GuardMiddleware(
             build_app(service, ui=pages() if settings.ui else greetings()),

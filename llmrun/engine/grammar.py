@@ -12,6 +12,8 @@ _MAX_SCHEMA_BYTES = 256 * 1024
 # The converter writes repetitions out: a few characters can ask for gigabytes.
 _MAX_TIMES = 2000
 _TIMES = re.compile(r"\{\s*([0-9]*)\s*(?:,\s*([0-9]*)\s*)?\}")
+_MAX_OPTIONAL = 64
+_CLASS_OR_ESCAPE = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.", re.DOTALL)
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
@@ -65,6 +67,11 @@ def _check_repetitions(schema: object) -> None:
         counts: list[str] = []
         if name == "pattern" and isinstance(value, str):
             counts = [count for pair in _TIMES.findall(value) for count in pair]
+            if _n_optional(value) > _MAX_OPTIONAL:
+                raise UsageError(
+                    "the JSON schema cannot be turned into a grammar",
+                    why=f"pattern has more than {_MAX_OPTIONAL} optional parts, written out",
+                )
         elif name in _COUNTS and isinstance(value, int):
             counts = [str(value)]
         # By its length first: Python refuses to read numbers of thousands of digits.
@@ -73,6 +80,37 @@ def _check_repetitions(schema: object) -> None:
                 "the JSON schema cannot be turned into a grammar",
                 why=f"{name} asks for more than {_MAX_TIMES} repetitions",
             )
+
+
+def _n_optional(pattern: str) -> int:
+    """Optional parts of a regular expression, those in repeated groups as often as these repeat.
+
+    llama.cpp follows every way through a grammar at once: hundreds of parts that may be left out
+    make that so many that the engine comes to no end, in a call that nothing can stop.
+    """
+    counts = [0]
+    last_group = 0
+    at = 0
+    bare = _CLASS_OR_ESCAPE.sub("x", pattern)
+    while at < len(bare):
+        char = bare[at]
+        at += 1
+        times = _TIMES.match(bare, at - 1) if char == "{" else None
+        if char == "(":
+            counts.append(0)
+        elif char == ")" and len(counts) > 1:
+            last_group = counts.pop()
+            counts[-1] += last_group
+            continue
+        elif times is not None:
+            at = times.end()
+            low, high = times[1] or "0", times[2] if times[2] is not None else times[1]
+            n_most = min(int(high[:9] or 0) or int(low[:9] or 0), _MAX_TIMES)
+            counts[-1] += last_group * max(0, n_most - 1)
+        elif char in "?*":
+            counts[-1] += 1
+        last_group = 0
+    return sum(counts)
 
 
 def _without_bare_controls(grammar: str) -> str:

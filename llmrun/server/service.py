@@ -90,11 +90,14 @@ class Service:
         state: ServerState,
         *,
         version: str,
+        takes_grammars: bool = True,
         now: Callable[[], float] = time.time,
     ) -> None:
+        """`takes_grammars`: a request may bring GBNF of its own."""
         self.host = host
         self.state = state
         self.version = version
+        self._takes_grammars = takes_grammars
         self.metrics = Metrics(self.engine_counters, lambda: state.n_active)
         self.now = now
         self._models: weakref.WeakKeyDictionary[Opened, ChatModel] = weakref.WeakKeyDictionary()
@@ -109,6 +112,14 @@ class Service:
     async def answer_request(self, http: Request, wire: Wire[R], request: R) -> Response:
         """`answer` for a request that has been parsed."""
         work = wire.work(request)
+        if work.generation.grammar is not None and not self._takes_grammars:
+            # An ambiguous one makes llama.cpp follow so many ways at once that a step never ends.
+            raise ApiError(
+                "invalid_request",
+                "grammars are not taken here; use a JSON schema, or start the server with "
+                "--allow-grammar",
+                param="grammar",
+            )
         context = self.context(work.generation.model)
         batches = self._batches(work)
         if work.generation.stream:

@@ -89,6 +89,7 @@ def test_texts_do_not_wait_for_vectors() -> None:
             client.request("POST /v1/embeddings", body=_json({"model": "v", "input": "a"}))
         server.until(lambda: server.counts()[2] == 40, "the places of all")
         assert server.ask("POST /v1/chat/completions", CHAT).status == 200
+        assert server.run(server.counts)[2] == 40  # they still wait
 
 
 # ---- tokens
@@ -126,7 +127,7 @@ def test_only_the_pieces_that_are_wanted_are_made_and_not_in_the_event_loop() ->
 def test_a_wrong_method_is_told_the_right_ones() -> None:
     with fake_server({"m": lambda: FakeEngine(["x"])}) as server:
         assert server.ask("GET /v1/chat/completions").headers["allow"] == ["POST"]
-    
+
 
 def _json(value: object) -> bytes:
     return json.dumps(value).encode()

@@ -29,7 +29,22 @@ def test_too_many_repetitions(schema: dict[str, object]) -> None:
     assert "more than 2000 repetitions" in str(caught.value.why)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["^(a?){500}$", "^" + "a?" * 70 + "$", "^((a?){20}){20}$", "^(a*b?){0,40}$"]
+)
+def test_too_many_optional_parts(pattern: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        grammar_of_schema(json.dumps({"type": "string", "pattern": pattern}))
+    assert "optional parts" in str(caught.value.why)
+
+
 def test_usual_repetitions() -> None:
-    for pattern in ("^[a-z]{2,2000}$", "^([0-9]{1,3}\\.){3}[0-9]{1,3}$", "^a{,3}$"):
+    for pattern in (
+        "^[a-z]+(-[a-z]+)*$",
+        "^[?*]{99}\\?$",
+        "^[a-z]{2,2000}$",
+        "^([0-9]{1,3}\\.){3}[0-9]{1,3}$",
+        "^a{,3}$",
+    ):
         assert grammar_of_schema(json.dumps({"type": "string", "pattern": pattern}))
     assert grammar_of_schema('{"type": "string", "maxLength": 2000}')
