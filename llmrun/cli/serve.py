@@ -115,6 +115,7 @@ class _Server:
 
     def run(self) -> int:
         from llmrun.cli.open_model import route_logs
+        from llmrun.cli.serve_log import LineWriter
         from llmrun.cli.serve_models import ServedModels
         from llmrun.cli.serve_status import StatusLine
         from llmrun.server import lifecycle
@@ -159,7 +160,7 @@ class _Server:
             self._guard,
             encode_error_for,
             state,
-            log=output.detail if output.verbose else None,
+            log=LineWriter(output.detail).put if output.verbose else None,
         )
 
         async def stop() -> None:
