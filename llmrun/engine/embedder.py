@@ -21,13 +21,13 @@ from llmrun.engine.embed_shape import EmbedOptions as EmbedOptions
 from llmrun.engine.embed_shape import Pooling, check_embedder
 from llmrun.engine.embed_shape import embedding_kind as embedding_kind
 from llmrun.engine.embed_types import EmbedBackend, EmbedFacts
+from llmrun.engine.ended import ended_by, refusal
 from llmrun.engine.governor import Governor
 from llmrun.engine.rank_prompt import rank_prompt as rank_prompt
 from llmrun.engine.types import LoadProgress, Tokenizer
 from llmrun.errors import (
     ContextOverflowError,
     EngineError,
-    EngineStoppedError,
     LlmrunError,
     UsageError,
 )
@@ -236,7 +236,7 @@ class Embedder:
                 raise UsageError("an input has tokens outside the model's vocabulary")
         with self._lock:
             if self._closed:
-                raise self._refusal()
+                raise refusal("embedder", self._failure)
             if job.inputs:
                 self._inbox.put(job)
         if not job.inputs:
@@ -352,23 +352,5 @@ class Embedder:
             left = [self._inbox.get() for _ in range(self._inbox.qsize())]
         self._is_running = False
         jobs = {*self._unanswered, *(job for job in left if job is not None)}
-        self._fail(jobs, self._ended_by())
+        self._fail(jobs, ended_by("embedder", self._failure))
         self._backend.close()
-
-    def _refusal(self) -> EngineError:
-        """For who comes after the end."""
-        kind = EngineError if self._failure is None else EngineStoppedError
-        return kind("the embedder is closed", why=_words(self._failure))
-
-    def _ended_by(self) -> EngineError:
-        """For those who were there at the end."""
-        failure = self._failure
-        if failure is None:
-            return EngineError("the embedder was closed")
-        if isinstance(failure, LlmrunError):
-            return EngineStoppedError(failure.message, why=failure.why, hint=failure.hint)
-        return EngineStoppedError("the embedder stopped", why=_words(failure))
-
-
-def _words(error: BaseException | None) -> str | None:
-    return None if error is None else f"{type(error).__name__}: {error}"

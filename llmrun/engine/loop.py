@@ -21,6 +21,7 @@ from llmrun.engine.answers import Answers
 from llmrun.engine.backend import Backend
 from llmrun.engine.core import Core
 from llmrun.engine.drafting import Drafter
+from llmrun.engine.ended import ended_by, refusal
 from llmrun.engine.governor import Governor
 from llmrun.engine.pace import Pace
 from llmrun.engine.sequence import Sequence
@@ -40,9 +41,6 @@ from llmrun.engine.types import (
 )
 from llmrun.errors import (
     ContextOverflowError,
-    EngineError,
-    EngineStoppedError,
-    LlmrunError,
     UsageError,
 )
 
@@ -232,7 +230,7 @@ class Engine:
         stream = Stream(sequence, self._stop_step)
         with self._lock:
             if self._closed:
-                raise self._refusal()
+                raise refusal("engine", self._failure)
             self._answers.streams[sequence] = stream
             self._inbox.put(sequence)
         return stream
@@ -263,7 +261,7 @@ class Engine:
         task = _Task(action)
         with self._lock:
             if self._closed:
-                raise self._refusal()
+                raise refusal("engine", self._failure)
             self._inbox.put(task)
         return task.result.result()  # type: ignore[return-value]
 
@@ -328,7 +326,7 @@ class Engine:
             self._closed = True
             waiting = list(self._answers.streams)
             left = [self._inbox.get() for _ in range(self._inbox.qsize())]
-        failure = self._ended_by()
+        failure = ended_by("engine", self._failure)
         for item in left:
             if isinstance(item, _Task):
                 item.result.set_exception(failure)
@@ -337,21 +335,3 @@ class Engine:
         if self._draft_model is not None:
             self._draft_model.close()
         self._backend.close()
-
-    def _refusal(self) -> EngineError:
-        """For who comes after the end."""
-        kind = EngineError if self._failure is None else EngineStoppedError
-        return kind("the engine is closed", why=_words(self._failure))
-
-    def _ended_by(self) -> EngineError:
-        """For those who were there at the end."""
-        failure = self._failure
-        if failure is None:
-            return EngineError("the engine was closed")
-        if isinstance(failure, LlmrunError):
-            return EngineStoppedError(failure.message, why=failure.why, hint=failure.hint)
-        return EngineStoppedError("the engine stopped", why=_words(failure))
-
-
-def _words(error: BaseException | None) -> str | None:
-    return None if error is None else f"{type(error).__name__}: {error}"

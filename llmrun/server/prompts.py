@@ -103,7 +103,7 @@ class ChatModel:
         jobs = []
         for sampling in self._samplings(generation, grammar):
             reader = ReplyReader(
-                make_splitter(found.fmt, found.starts_inside, self._tools if specs else None),
+                make_splitter(found.fmt, found.starts_inside, tools),
                 make_tool_splitter(tools, specs) if tools else None,
                 parallel=request.parallel_tool_calls,
             )

@@ -295,8 +295,7 @@ class Reply:
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
     """What an answer says beside the reply. `id` is random text without a prefix (`chatcmpl-` and
-    the like are the dialect's), `created_s` seconds since the epoch, `model` the name to show.
-    `usage_of`: with a stream's usage only where wanted, see `Generation.include_usage`."""
+    the like are the dialect's), `created_s` seconds since the epoch, `model` the name to show."""
 
     id: str
     created_s: float
