@@ -28,9 +28,10 @@ and the smallest and largest one; above 1 is better for llmrun. Rows:
   busy-…           steady threads beside busy programs, see `bench_busy.py`
 
 Set alike on both sides: threads (--threads), GOMP_SPINCOUNT (--spins), micro-batch 512, f16 KV
-cache, FlashAttention auto, size of the context. llmrun's threads are steady, as it ships them
-(--pinned: not), and speculation is off but in its own rows. An absolute rate says little on a
-shared machine; a ratio is of one run. What other programs used meanwhile is reported.
+cache, FlashAttention auto, size of the context, which both split among their streams (--unified:
+llmrun does not). llmrun's threads are steady, as it ships them (--pinned: not), and speculation is
+off but in its own rows. An absolute rate says little on a shared machine; a ratio is of one run.
+What other programs used meanwhile is reported.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ class Bench:
                 "spins": args.spins,
                 "rounds": args.rounds,
                 "steady_threads": not args.pinned,
+                "kv_unified": args.unified,
                 "server_args": args.server_args,
                 "quick": args.quick,
             },
@@ -366,7 +368,10 @@ def measure_streams(bench: Bench, model: Path, row_name: str) -> None:
         n_threads=args.threads,
         more=args.server_args.split(),
     )
-    with bench.engine(model, n_ctx=n_ctx, n_seq_max=n_at_once) as do, serving as server:
+    engine = bench.engine(
+        model, n_ctx=n_ctx, n_seq_max=n_at_once, kv_unified=args.unified or n_at_once == 1
+    )
+    with engine as do, serving as server:
         n_cached: dict[str, int] = {}
         drawn: dict[str, list[list[int]]] = {}
 
@@ -539,6 +544,7 @@ def main() -> None:
         "--spins", default="1000", help="GOMP_SPINCOUNT of both sides, or `library` (default 1000)"
     )
     parser.add_argument("--pinned", action="store_true", help="llmrun without steady threads")
+    parser.add_argument("--unified", action="store_true", help="one cache for all of its streams")
     parser.add_argument("--server-args", default="", help="more arguments for llama-server")
     parser.add_argument("--busy-seconds", type=float, default=6.0, metavar="S")
     parser.add_argument(

@@ -81,6 +81,10 @@ class Backend(Protocol):
     def n_seq_max(self) -> int: ...
 
     @property
+    def kv_unified(self) -> bool:
+        """All sequences share n_ctx cells; else each has so many of its own."""
+
+    @property
     def n_threads(self) -> int:
         """Threads for a batch of one row, as loaded."""
 
@@ -107,8 +111,14 @@ class Backend(Protocol):
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Drop positions [p0, p1) (-1: open end). False: a partial removal is impossible here."""
 
-    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
-        """Let `target` share the cells [p0, p1) of `source`."""
+    def seq_cp(self, source: int, target: int, n_tokens: int) -> bool:
+        """Let `target`, which is empty, have the first `n_tokens` of `source`: the same cells, or
+        a copy where each has its own. A copy leaves out what a window has moved on from. False:
+        `target` is empty still."""
+
+    def seq_swap(self, a: int, b: int) -> None:
+        """Exchange what two sequences hold, where each has cells of its own. What a window has
+        moved on from is lost."""
 
     def seq_pos_min(self, seq_id: int) -> int:
         """First position in the cache, -1 when empty. Above 0 once a window has moved on."""

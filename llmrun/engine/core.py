@@ -56,6 +56,7 @@ class Core:
             if sequence.cancelled:
                 self.finish(sequence, "cancelled")
         self._admit()
+        self.residents.close_gaps()
         has_draft = self._drafter is not None and self._drafter.plan(active)
         if len(active) == 1 and active[0].phase is Phase.DECODE and not has_draft:
             self._decode_alone(active[0])
@@ -106,14 +107,20 @@ class Core:
 
     def _step(self) -> None:
         backend = self._backend
+        phases = [sequence.phase for sequence in self.active]
         batch = choose_batch(
             self.active,
             n_batch=backend.n_batch,
             n_outputs_max=backend.n_outputs_max,
-            n_beside=self._pace.n_rows_beside(),
+            n_beside=self._pace.n_rows_beside(
+                phases.count(Phase.PREFILL), phases.count(Phase.DECODE)
+            ),
         )
         if not batch:
             return
+        if not backend.kv_unified:
+            # Neighbours are computed together when they come in the order of their ids.
+            batch.sort(key=lambda chosen: chosen[0].seq_id)
         result = self._pace.decode([chunk for _, chunk in batch])
         if result is DecodeResult.DONE:
             row = -1

@@ -35,7 +35,8 @@ def open_draft_backend(
         options.draft_model[0],
         replace(
             options,
-            n_ctx=target.n_ctx,
+            n_ctx=target.n_ctx * (1 if target.kv_unified else target.n_seq_max),
+            kv_unified=True,  # guesses go on from any sequence's cells
             type_k="f16",
             type_v="f16",
             n_gpu_layers=options.draft_gpu_layers,

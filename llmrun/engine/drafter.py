@@ -85,6 +85,7 @@ class DraftModel:
             )
         check_vocabulary(target.tokenizer, backend.tokenizer)
         self._backend = backend
+        self._target_is_unified = target.kv_unified
         self._clock = clock
         self.costs = StepCosts()
         governor = Governor(backend.n_threads, backend.n_threads_batch) if steady_threads else None
@@ -152,6 +153,7 @@ class DraftModel:
             costs,
             n_more_max=n_more_max,
             guess_costs=self.costs,
+            seq_ids=None if self._target_is_unified else [s.seq_id for s in answering],
         )
         now_s = self._clock()
         # What passes while nothing runs is no time to make up for a try.
@@ -306,9 +308,9 @@ class DraftModel:
             n = min(common_prefix(other.tokens, tokens), len(tokens) - 1)
             if other is not slot and n >= n_own + _WORTH_SHARING and self._keeps(other, n):
                 self._empty(slot)
-                self._backend.seq_cp(other.seq_id, slot.seq_id, 0, n)
-                slot.tokens = other.tokens[:n]
-                return True
+                if self._backend.seq_cp(other.seq_id, slot.seq_id, n):
+                    slot.tokens = other.tokens[:n]
+                    return True
         return False
 
     def _keeps(self, slot: _Slot, n_keep: int) -> bool:

@@ -20,11 +20,17 @@ class Drafter:
     """Fills `Sequence.draft` before a step. Lives in the engine's thread."""
 
     def __init__(
-        self, costs: StepCosts, *, n_rows_max: int, model: DraftModel | None = None
+        self,
+        costs: StepCosts,
+        *,
+        n_rows_max: int,
+        model: DraftModel | None = None,
+        kv_unified: bool = True,
     ) -> None:
         """`n_rows_max`: most rows with logits in a batch. `model` guesses in the place of what
-        repeats earlier text."""
+        repeats earlier text. `kv_unified`: a batch is computed in one pass."""
         self._costs = costs
+        self._kv_unified = kv_unified
         self._model = model
         self._n_rows_max = n_rows_max
         self._pause = 0
@@ -74,7 +80,12 @@ class Drafter:
             offers.append(chances)
         if not any(offers):
             return False
-        lengths = choose_lengths(offers, self._costs, n_more_max=n_more_max)
+        lengths = choose_lengths(
+            offers,
+            self._costs,
+            n_more_max=n_more_max,
+            seq_ids=None if self._kv_unified else [s.seq_id for s in answering],
+        )
         for sequence, guesses, length in zip(answering, all_guesses, lengths, strict=True):
             sequence.draft = guesses[:length]
         return any(lengths)

@@ -129,6 +129,7 @@ class LlamaBackend:
         self.n_ctx: int = C.llama_n_ctx_seq(self._ctx)
         self.n_batch: int = C.llama_n_batch(self._ctx)
         self.n_seq_max: int = C.llama_n_seq_max(self._ctx)
+        self.kv_unified = options.kv_unified or self.n_seq_max == 1
         self.n_threads: int = C.llama_n_threads(self._ctx)
         self.n_threads_batch: int = C.llama_n_threads_batch(self._ctx)
         self.n_outputs_max: int = _count_outputs(options, self.facts)
@@ -186,10 +187,41 @@ class LlamaBackend:
         self._check_seq(seq_id)
         return bool(self._C.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
 
-    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
+    def seq_cp(self, source: int, target: int, n_tokens: int) -> bool:
         self._check_seq(source)
         self._check_seq(target)
-        self._C.llama_memory_seq_cp(self._memory, source, target, p0, p1)
+        if self.kv_unified:
+            self._C.llama_memory_seq_cp(self._memory, source, target, 0, n_tokens)
+            return True
+        # The library's own copy is of a whole cache, however little is in it, and is made later,
+        # with the next step.
+        buffer, size = self._read_state(source)
+        if self._write_state(target, buffer, size) and self.seq_rm(target, n_tokens, -1):
+            return True
+        self.seq_rm(target, -1, -1)
+        return False
+
+    def seq_swap(self, a: int, b: int) -> None:
+        self._check_seq(a)
+        self._check_seq(b)
+        held = {seq_id: self._read_state(seq_id) for seq_id in (a, b) if self._holds(seq_id)}
+        for source, target in ((a, b), (b, a)):
+            if source not in held:
+                self.seq_rm(target, -1, -1)
+            elif not self._write_state(target, *held[source]):
+                raise EngineError("a sequence could not be moved", why=_log_sink.last_reason())
+
+    def _holds(self, seq_id: int) -> bool:
+        return self.seq_pos_max(seq_id) >= 0
+
+    def _read_state(self, seq_id: int) -> tuple[Any, int]:
+        """A buffer with all that the sequence holds, for use at once, and its length."""
+        size = self._C.llama_state_seq_get_size_ext(self._ctx, seq_id, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        return buffer, self._C.llama_state_seq_get_data_ext(self._ctx, buffer, size, seq_id, 0)
+
+    def _write_state(self, seq_id: int, buffer: Any, size: int) -> bool:
+        return bool(self._C.llama_state_seq_set_data_ext(self._ctx, buffer, size, seq_id, 0))
 
     def seq_pos_min(self, seq_id: int) -> int:
         self._check_seq(seq_id)
@@ -400,6 +432,8 @@ def _describe_states(C: Any, model: Any, options: EngineOptions, n_ctx: int) -> 
     """The settings in `Backend.state_key`. The library itself refuses most that does not match, but
     not all."""
     cache = f"{options.type_k}/{options.type_v}/{options.flash_attn}"
+    if not options.kv_unified and options.n_seq_max > 1:
+        cache += f"/{options.n_seq_max} apart"
     # Of two sets of rotation factors llama.cpp takes the one for long contexts beyond this.
     n_original = _read_meta(C, model, "{}.rope.scaling.original_context_length")
     is_long = n_original.isdecimal() and n_ctx > int(n_original)

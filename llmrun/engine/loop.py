@@ -109,7 +109,12 @@ class Engine:
         # A recurrent state cannot take a wrong guess back.
         has_state = backend.facts.is_recurrent or backend.facts.is_hybrid
         if costs and speculative != "off" and not has_state and n_rows_max > 1:
-            drafter = Drafter(costs, n_rows_max=n_rows_max, model=self._draft_model)
+            drafter = Drafter(
+                costs,
+                n_rows_max=n_rows_max,
+                model=self._draft_model,
+                kv_unified=backend.kv_unified,
+            )
         self._pace = Pace(backend, clock, governor, costs)
         self._core = Core(
             backend,
@@ -193,7 +198,7 @@ class Engine:
         backend, core, pace = self._backend, self._core, self._pace
         n_running = len(core.residents)
         return EngineCounters(
-            n_ctx=backend.n_ctx,
+            n_ctx=core.residents.n_cells_max,
             n_seq_max=backend.n_seq_max,
             n_running=n_running,
             n_waiting=max(0, len(self._answers.streams) - n_running),

@@ -9,16 +9,22 @@ from collections.abc import Sequence as SequenceOf
 
 from llmrun.engine.backend import Backend, Chunk, DecodeResult
 from llmrun.engine.governor import Governor
+from llmrun.engine.passes import split_rows
 from llmrun.engine.speculate import StepCosts
 
 # A single answer's steps are looked at in blocks of this length, so that what a look costs is
 # nothing beside them; a longer step is a block of its own.
 BLOCK_S = 0.05
 
-# The prompt's part of a step beside running answers: that long, since they pause for it, but not
-# below the rows that compute well together.
+# The prompts' part of a step beside running answers: that long, since they pause for it, but not
+# below the rows that compute well together. Up to so many times longer where more wait to be read
+# than pause for it: until all are read they do not go in step, and the last ones run with few.
 _BESIDE_S = 0.25
+_MOST_BESIDE = 4.0
 _MIN_BESIDE = 32
+
+# A longer batch costs as much by the row in several passes as in one, near enough.
+_FEW_ROWS = 64
 
 
 class Pace:
@@ -38,6 +44,7 @@ class Pace:
         self.n_steps = 0
         self.busy_s = 0.0
         self._n_rows = 0
+        self._is_typical = True
         self._started_s = 0.0
         self._threads = (backend.n_threads, backend.n_threads_batch)
         self._block = (0.0, 0)
@@ -45,6 +52,11 @@ class Pace:
     def decode(self, chunks: SequenceOf[Chunk]) -> DecodeResult:
         """One batch. After its rows were sampled, call `end_step`."""
         self._n_rows = sum(len(chunk.tokens) for chunk in chunks)
+        self._is_typical = (
+            self._backend.kv_unified
+            or self._n_rows > _FEW_ROWS
+            or len(split_rows([(chunk.seq_id, len(chunk.tokens)) for chunk in chunks])) == 1
+        )
         self._set_threads(self._n_rows)
         self._started_s = self._clock()
         return self._backend.decode(chunks)
@@ -52,14 +64,19 @@ class Pace:
     def end_step(self) -> None:
         self._tell(self._n_rows, 1, self._clock() - self._started_s)
 
-    def n_rows_beside(self) -> int | None:
-        """Rows of a prompt for a step that others' answers wait for; None: as many as there are."""
-        n_rows = self._costs.rows_within(_BESIDE_S) if self._costs is not None else None
+    def n_rows_beside(self, n_reading: int, n_answering: int) -> int | None:
+        """Rows of prompts, of which there are `n_reading`, for a step that `n_answering` answers
+        wait for; None: as many as there are."""
+        if self._costs is None or not n_reading or not n_answering:
+            return None
+        times = min(max(1.0, n_reading / n_answering), _MOST_BESIDE)
+        n_rows = self._costs.rows_within(_BESIDE_S * times)
         return None if n_rows is None else max(n_rows, _MIN_BESIDE)
 
     def start_alone(self, n_tokens: int) -> float:
         """Single-token steps follow. Returns when to `look` first, in the clock's seconds: after
         the first, so that one step between two with guesses is timed, too."""
+        self._is_typical = True
         self._set_threads(1)
         self._block = (self._clock(), n_tokens)
         return -math.inf
@@ -83,6 +100,8 @@ class Pace:
     def _tell(self, n_rows: int, n_steps: int, elapsed_s: float) -> None:
         self.n_steps += n_steps
         self.busy_s += elapsed_s
+        if not self._is_typical:
+            return  # several passes, of which no one's time is known
         if self._governor is not None:
             self._governor.observe(n_rows, n_steps, elapsed_s)
         if self._costs is not None:

@@ -93,9 +93,7 @@ def _match_experts(n_layers: int) -> bytes:
     return rf"^blk\.({numbers}){experts}".encode()
 
 
-def fill_context_params(
-    C: Any, options: EngineOptions, *, n_outputs_max: int = 0, kv_unified: bool = True
-) -> Any:
+def fill_context_params(C: Any, options: EngineOptions, *, n_outputs_max: int = 0) -> Any:
     """`llama_context_params` of `options`. The rows of logits in a step are at least n_seq_max."""
     params = C.llama_context_default_params()
     params.n_ctx = options.n_ctx
@@ -113,7 +111,7 @@ def fill_context_params(
     # Window layers keep only their window (the default keeps all: up to ten times the memory);
     # `prefix_cache.window_allows` is the rule that this asks for.
     params.swa_full = False
-    params.kv_unified = kv_unified
+    params.kv_unified = options.kv_unified
     return params
 
 

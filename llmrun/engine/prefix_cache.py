@@ -40,8 +40,8 @@ class Slot:
 class Placement:
     """Put the request into `slot`; its first `n_keep` tokens are there, what follows must go.
 
-    `copy_from` names another slot whose first `n_keep` cells are to be shared first. `restore` is
-    to be put back once what follows is gone.
+    `copy_from` names another slot whose first `n_keep` tokens the slot, which is empty by then,
+    gets first. `restore` is to be put back once what follows is gone.
     """
 
     slot: Slot
@@ -69,11 +69,14 @@ class PrefixCache:
         n_swa: int,
         can_cut: bool,
         pos_min: Callable[[int], int],
+        shares_cells: bool = True,
         checkpoint_bytes: int = CHECKPOINT_BYTES,
     ) -> None:
         """`can_cut` False: a sequence is used whole or not at all (recurrent state).
 
         `pos_min(seq_id)` reads the first position a sequence still has in every layer.
+        `shares_cells` False: each slot has cells of its own, and a prefix is copied, without what
+        a window has moved on from.
         `checkpoint_bytes`: what all checkpoints together may take of the memory.
         """
         self.slots = [Slot(seq_id) for seq_id in range(n_slots)]
@@ -81,14 +84,16 @@ class PrefixCache:
         self._n_swa = n_swa
         self._can_cut = can_cut
         self._pos_min = pos_min
+        self._shares_cells = shares_cells
         self._clock = 0
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpoints: list[tuple[Slot, Checkpoint]] = []  # the oldest first
 
     def n_usable(self, prompt: Sequence[int]) -> int:
         """Tokens of `prompt` that need not be computed if it were placed now."""
-        common = self.tree.match(prompt)
-        return max(self._usable(slot, common, len(prompt) - 1)[0] for slot in self.slots)
+        common, most = self.tree.match(prompt), len(prompt) - 1
+        own = (self._own(slot, common, most)[0] for slot in self.slots if not slot.busy)
+        return max(*own, *(self._shared(slot, common, most)[0] for slot in self.slots), 0)
 
     def n_busy_cells(self) -> int:
         """Cells that running requests hold; all others can be had."""
@@ -105,12 +110,15 @@ class PrefixCache:
         if placement is None:
             return None
         slot, n_keep, source = placement.slot, placement.n_keep, placement.copy_from
-        n_shared = n_keep if source is not None and source.busy else 0
+        n_shared = n_keep if source is not None and source.busy and self._shares_cells else 0
         if n_room is not None and len(prompt) - n_shared > n_room:
             return None
         if source is not None:
             self.cut(slot, 0)
-            self.tree.share(source.seq_id, slot.seq_id, n_keep)
+            if self._shares_cells:
+                self.tree.share(source.seq_id, slot.seq_id, n_keep)
+            else:
+                self.tree.extend(slot.seq_id, prompt[:n_keep])
             for checkpoint in source.checkpoints:
                 if checkpoint.n_tokens <= n_keep:
                     self.keep(slot, checkpoint)
@@ -135,6 +143,12 @@ class PrefixCache:
     def release(self, slot: Slot) -> None:
         """The slot's request is over; its tokens stay."""
         slot.busy = False
+
+    def exchange(self, a: Slot, b: Slot) -> None:
+        """The two change places: each takes what it holds to the other's sequence id."""
+        self.tree.swap(a.seq_id, b.seq_id)
+        a.seq_id, b.seq_id = b.seq_id, a.seq_id
+        self.slots[a.seq_id], self.slots[b.seq_id] = a, b
 
     def most_alike(self, tokens: Sequence[int]) -> tuple[Slot, int] | None:
         """The slot that has the longest common prefix with `tokens`, and its length."""
@@ -188,15 +202,15 @@ class PrefixCache:
         free = [slot for slot in self.slots if not slot.busy]
         if not free:
             return None
-        common = self.tree.match(prompt)
-        usable = {slot.seq_id: self._usable(slot, common, len(prompt) - 1) for slot in self.slots}
+        common, most = self.tree.match(prompt), len(prompt) - 1
+        owns = {slot.seq_id: self._own(slot, common, most) for slot in free}
+        shares = {slot.seq_id: self._shared(slot, common, most) for slot in self.slots}
 
         def n_own(slot: Slot) -> int:
-            return usable[slot.seq_id][0]
+            return owns[slot.seq_id][0]
 
         def n_shared(slot: Slot) -> int:
-            n_keep, checkpoint = usable[slot.seq_id]
-            return n_keep if checkpoint is None else 0
+            return shares[slot.seq_id][0]
 
         def n_held(slot: Slot) -> int:
             return self.tree.length(slot.seq_id)
@@ -213,15 +227,13 @@ class PrefixCache:
             if n_shared(best) > n_own(own) or (
                 is_other and is_better and n_shared(best) >= n_own(own)
             ):
-                return Placement(spare, n_shared(best), copy_from=best)
+                return Placement(spare, n_shared(best), best, shares[best.seq_id][1])
         if n_own(own) == 0:
             return Placement(min(free, key=self._emptiest), 0)
-        return Placement(own, n_own(own), restore=usable[own.seq_id][1])
+        return Placement(own, n_own(own), restore=owns[own.seq_id][1])
 
-    def _usable(
-        self, slot: Slot, common: dict[int, int], most: int
-    ) -> tuple[int, Checkpoint | None]:
-        """Tokens that can stay, and the checkpoint that this takes."""
+    def _own(self, slot: Slot, common: dict[int, int], most: int) -> tuple[int, Checkpoint | None]:
+        """Tokens that can stay in the slot, and the checkpoint that this takes."""
         n_held = self.tree.length(slot.seq_id)
         n_keep = min(common.get(slot.seq_id, 0), most)
         if n_keep <= 0:
@@ -229,10 +241,28 @@ class PrefixCache:
         is_allowed = n_keep == n_held
         if self._can_cut and not is_allowed:
             is_allowed = window_allows(n_keep, n_held, self._pos_min(slot.seq_id), self._n_swa)
-        if is_allowed:
+        return (n_keep, None) if is_allowed else _last_checkpoint(slot, n_keep)
+
+    def _shared(
+        self, slot: Slot, common: dict[int, int], most: int
+    ) -> tuple[int, Checkpoint | None]:
+        """The same of tokens that another slot can have of this one, whether it is busy or not."""
+        n_held = self.tree.length(slot.seq_id)
+        n_keep = min(common.get(slot.seq_id, 0), most)
+        if n_keep <= 0 or n_keep == n_held:
+            return max(n_keep, 0), None
+        if not self._can_cut:
+            return 0, None
+        pos_min = self._pos_min(slot.seq_id)
+        if not self._shares_cells and self._n_swa:
+            pos_min = max(pos_min, n_held - self._n_swa)
+        if window_allows(n_keep, n_held, pos_min, self._n_swa):
             return n_keep, None
-        if not slot.busy:
-            for checkpoint in reversed(slot.checkpoints):
-                if checkpoint.n_tokens <= n_keep:
-                    return checkpoint.n_tokens, checkpoint
-        return 0, None
+        return _last_checkpoint(slot, n_keep)
+
+
+def _last_checkpoint(slot: Slot, n_most: int) -> tuple[int, Checkpoint | None]:
+    for checkpoint in reversed(slot.checkpoints):
+        if checkpoint.n_tokens <= n_most:
+            return checkpoint.n_tokens, checkpoint
+    return 0, None

@@ -271,12 +271,8 @@ class Meter:
         options: EngineOptions,
         read: Callable[[Any], list[BufferBytes]],
     ) -> list[BufferBytes]:
-        params = fill_context_params(
-            self._C,
-            options,
-            n_outputs_max=setup.get("n_outputs_max", 1),
-            kv_unified=setup.get("kv_unified", True),
-        )
+        n_outputs_max = setup.get("n_outputs_max", 1)
+        params = fill_context_params(self._C, options, n_outputs_max=n_outputs_max)
         forget_log()
         ctx = self._C.llama_init_from_model(model, params)
         if not ctx:
@@ -328,6 +324,7 @@ def _to_options(setup: Json) -> EngineOptions:
     return EngineOptions(
         n_ctx=setup["n_ctx"],
         n_seq_max=setup.get("n_seq_max", 1),
+        kv_unified=setup.get("kv_unified", True),
         n_ubatch=setup.get("n_ubatch", 512),
         n_gpu_layers=setup.get("n_gpu_layers", -1),
         n_threads=1,

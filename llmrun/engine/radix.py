@@ -9,6 +9,9 @@ its nodes add up to the cells in use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+V = TypeVar("V")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -55,6 +58,13 @@ class _Node:
         self.children = {}
         self.attach(rest)
         return rest
+
+
+def _exchange(table: dict[int, V], a: int, b: int) -> None:
+    found = {b: table.pop(a)} if a in table else {}
+    if b in table:
+        found[a] = table.pop(b)
+    table.update(found)
 
 
 class RadixTree:
@@ -124,6 +134,13 @@ class RadixTree:
             node.owners.add(seq_id)
             assert node.parent is not None
             node = node.parent
+
+    def swap(self, a: int, b: int) -> None:
+        """What one sequence held, the other holds now."""
+        for node in set(self._path(a)) ^ set(self._path(b)):
+            node.owners ^= {a, b}
+        _exchange(self._ends, a, b)
+        _exchange(self._lengths, a, b)
 
     def cut(self, seq_id: int, n: int) -> None:
         """The sequence keeps its first `n` cells at most."""

@@ -34,9 +34,17 @@ class Residents:
             n_swa=backend.facts.n_swa,
             can_cut=not self.has_state,
             pos_min=backend.seq_pos_min,
+            shares_cells=backend.kv_unified,
             checkpoint_bytes=checkpoint_bytes,
         )
         self._slots: dict[Sequence, Slot] = {}
+        self._n_cells_max = backend.n_ctx * (1 if backend.kv_unified else backend.n_seq_max)
+        self._is_orderly = True
+
+    @property
+    def n_cells_max(self) -> int:
+        """Cells of all sequences together."""
+        return self._n_cells_max
 
     def __len__(self) -> int:
         """Sequences that have a slot."""
@@ -49,7 +57,7 @@ class Residents:
         for sequence in self._slots.copy():
             # The tree learns of it when the next request comes or this one goes.
             n_cells += max(0, sequence.n_past - tree.length(sequence.seq_id))
-        return min(n_cells, self._backend.n_ctx)
+        return min(n_cells, self._n_cells_max)
 
     def serves_anyone(self) -> bool:
         """Whether anyone with a slot still wants his answer. From any thread."""
@@ -59,9 +67,11 @@ class Residents:
         """Give the sequence a slot and what the cache holds of its tokens. False: no slot is free,
         or the cells that no running sequence needs are too few."""
         self._note_progress()
-        placement = self.cache.place(sequence.tokens, self._n_room() if self._slots else None)
+        is_limited = self._backend.kv_unified and bool(self._slots)
+        placement = self.cache.place(sequence.tokens, self._n_room() if is_limited else None)
         if placement is None:
             return False
+        self._is_orderly = False
         slot = placement.slot
         self._slots[sequence] = slot
         sequence.seq_id = slot.seq_id
@@ -97,6 +107,31 @@ class Residents:
                     other.boundaries.add(n_common)
                 return True
         return False
+
+    def close_gaps(self) -> None:
+        """Where each sequence has cells of its own, one pass computes the rows of neighbours only
+        (`passes`): the running ones change places with idle ones until they are neighbours.
+
+        That moves what both hold once, in the time of a step or two, and saves reading all weights
+        again in every step.
+        """
+        if self._is_orderly or self._backend.kv_unified:
+            return
+        self._is_orderly = True
+        if self.has_state:
+            return
+        self._note_progress()
+        running = {slot.seq_id: sequence for sequence, slot in self._slots.items()}
+        first = _best_window(set(running), self._backend.n_seq_max)
+        window = range(first, first + len(running))
+        slots = self.cache.slots
+        free = [slots[i] for i in window if i not in running]
+        for seq_id in running.keys() - set(window):
+            to = min(free, key=lambda slot: self.cache.tree.length(slot.seq_id))
+            free.remove(to)
+            self._backend.seq_swap(seq_id, to.seq_id)
+            running[seq_id].seq_id = to.seq_id
+            self.cache.exchange(slots[seq_id], to)
 
     def start_over(self, sequence: Sequence) -> None:
         """Drop all that the cache holds of the sequence; it is read again."""
@@ -134,6 +169,7 @@ class Residents:
             return False
         self.cache.grow(slot, sequence.tokens, sequence.n_past)
         self.cache.release(slot)
+        self._is_orderly = False
         return True
 
     def evict_idle(self) -> bool:
@@ -180,10 +216,12 @@ class Residents:
             if is_end or not self._forgets:
                 return n
         slot = self.cache.find_idle()
-        if slot is None or n == 0 or n > self._n_room():
+        is_shared = self._backend.kv_unified
+        n_room = self._n_room() if is_shared else self._backend.n_ctx
+        if slot is None or n == 0 or n > n_room:
             return 0
         self._empty(slot)
-        while self.cache.tree.n_cells() + n > self._backend.n_ctx:
+        while is_shared and self.cache.tree.n_cells() + n > self._backend.n_ctx:
             other = self.cache.evict_idle(slot)
             if other is None:
                 return 0
@@ -202,7 +240,7 @@ class Residents:
         """The books against the backend, while nothing runs. AssertionError when they differ."""
         assert not self._slots, "a sequence was never released"
         cells = self.cache.tree.n_cells()
-        assert cells <= self._backend.n_ctx, f"{cells} cells in a cache of {self._backend.n_ctx}"
+        assert cells <= self._n_cells_max, f"{cells} cells in a cache of {self._n_cells_max}"
         for slot in self.cache.slots:
             n_held, seq_id = self.cache.tree.length(slot.seq_id), slot.seq_id
             assert not slot.busy, f"slot {seq_id} is busy"
@@ -236,8 +274,8 @@ class Residents:
         backend, seq_id, n_keep = self._backend, placement.slot.seq_id, placement.n_keep
         if placement.copy_from is not None:
             backend.seq_rm(seq_id, -1, -1)
-            backend.seq_cp(placement.copy_from.seq_id, seq_id, 0, n_keep)
-            return True
+            if not backend.seq_cp(placement.copy_from.seq_id, seq_id, n_keep):
+                return False
         if placement.restore is None:
             return backend.seq_rm(seq_id, n_keep or -1, -1)
         state = placement.restore.state
@@ -249,3 +287,13 @@ class Residents:
         return backend.seq_rm(seq_id, n_keep, -1) and backend.load_state(
             seq_id, state, partial=True
         )
+
+
+def _best_window(running: set[int], n_slots: int) -> int:
+    """The start of as many consecutive ids as are running, with the most of these in it."""
+    n = len(running)
+
+    def n_inside(first: int) -> int:
+        return sum(first <= seq_id < first + n for seq_id in running)
+
+    return max(range(n_slots - n + 1), key=lambda first: (n_inside(first), -first))

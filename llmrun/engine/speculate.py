@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llmrun.engine.passes import split_rows
+
 # Kernels for the processor take rows by fours: 5 can cost more than 8, and 15 more than 16.
 _ROWS_TOGETHER = 4
 _KNOTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64)
@@ -171,6 +173,7 @@ def choose_lengths(
     *,
     n_more_max: int,
     guess_costs: StepCosts | None = None,
+    seq_ids: Sequence[int] | None = None,
 ) -> list[int]:
     """How many guessed tokens to check for each running sequence in the next step.
 
@@ -180,6 +183,9 @@ def choose_lengths(
 
     `guess_costs`: of the model that makes the guesses, in one step for all first ones, one for all
     second ones, and so on. Until it is known it costs nothing.
+
+    `seq_ids`: of the sequences, where each has cells of its own: guesses for some of them only are
+    then checked in a pass of their own (`passes`).
     """
     offers = list(chances)
     rows = sorted(
@@ -188,19 +194,29 @@ def choose_lengths(
     )[:n_more_max]
     n = len(offers)
     expected = float(n)
-    best_rate, best_n = _MARGIN * n / costs.seconds(n), 0
-    guessing_s = 0.0
     depths = [0] * n
+
+    def seconds_apart() -> float:
+        assert seq_ids is not None
+        lengths = sorted((seq_id, 1 + k) for seq_id, k in zip(seq_ids, depths, strict=True))
+        return sum(costs.seconds(n_rows) for n_rows in split_rows(lengths))
+
+    plain_s = costs.seconds(n) if seq_ids is None else seconds_apart()
+    best_rate, best_n = _MARGIN * n / plain_s, 0
+    guessing_s = 0.0
     n_at_depth = [0] * (n_more_max + 1)
     for n_more, (chance, index) in enumerate(rows, 1):
         expected += chance
+        depth = depths[index]
+        depths[index] += 1
         if guess_costs is not None and guess_costs.is_known:
-            depth = depths[index]
-            depths[index] += 1
             n_at_depth[depth] += 1
             guessing_s += guess_costs.seconds(n_at_depth[depth])
             guessing_s -= guess_costs.seconds(n_at_depth[depth] - 1)
         rate = expected / (costs.seconds(n + n_more) + guessing_s)
+        if seq_ids is not None and rate > best_rate:
+            # Never faster than all in one pass, so most are not looked at this closely.
+            rate = expected / (seconds_apart() + guessing_s)
         if rate > best_rate:
             best_rate, best_n = rate, n_more
     lengths = [0] * n

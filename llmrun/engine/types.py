@@ -59,6 +59,10 @@ class EngineOptions:
 
     n_ctx is the size of the KV cache in tokens, shared by all sequences (llama.cpp pads it to 256).
     n_seq_max is the number of sequences that can be in the cache at once.
+    kv_unified: each sequence may have all of those tokens, as long as others leave them, and
+    sequences that start alike share them; what a row attends to is looked for among all. False:
+    each has n_ctx / n_seq_max of its own (llama.cpp pads them to 256), where nothing but its own is
+    looked at: faster from a few sequences on.
     n_gpu_layers: -1 is all. use_mmap: leave the weights in the page cache (llama.cpp may still read
     them where the device needs that). use_repack: let the CPU copy weights into its own layout.
     n_cpu_moe: the experts of the first so many layers stay in RAM, whatever n_gpu_layers says.
@@ -75,6 +79,7 @@ class EngineOptions:
 
     n_ctx: int = 4096
     n_seq_max: int = 1
+    kv_unified: bool = True
     n_ubatch: int = 512
     n_gpu_layers: int = -1
     n_threads: int | None = None

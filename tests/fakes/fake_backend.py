@@ -142,6 +142,7 @@ class FakeBackend:
         sees_abort: bool = True,
         tokenizer: FakeTokenizer | None = None,
         n_threads: int = 1,
+        kv_unified: bool = True,
     ) -> None:
         self.tokenizer = tokenizer or FakeTokenizer()
         self.facts: ModelFacts = fake_facts(
@@ -150,6 +151,8 @@ class FakeBackend:
         self.n_ctx = n_ctx
         self.n_batch = n_batch
         self.n_seq_max = n_seq_max
+        self.kv_unified = kv_unified
+        self.n_swaps = 0
         self.n_threads = self.n_threads_batch = n_threads
         self.n_outputs_max = n_outputs_max or n_seq_max
         self.next_token = next_token
@@ -243,10 +246,16 @@ class FakeBackend:
             self.require(len(chunk.tokens) > 0, "an empty chunk")
             in_range = all(0 <= token < self.facts.n_vocab for token in chunk.tokens)
             self.require(in_range, "a token outside the vocabulary")
+        if not self.kv_unified:
+            self.require(seq_ids == sorted(seq_ids), "rows out of the order of their sequences")
 
     def _decode(self, chunks: Sequence[Chunk]) -> DecodeResult:
         n_rows = sum(len(chunk.tokens) for chunk in chunks)
-        if len(self._cells) + n_rows > self.n_ctx:
+        if self.kv_unified:
+            is_full = len(self._cells) + n_rows > self.n_ctx
+        else:
+            is_full = any(chunk.pos + len(chunk.tokens) > self.n_ctx for chunk in chunks)
+        if is_full:
             return DecodeResult.FULL
         if self.facts.n_swa:
             self._forget()
@@ -334,18 +343,46 @@ class FakeBackend:
                 self._cells.remove(cell)
         return True
 
-    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
+    def seq_cp(self, source: int, target: int, n_tokens: int) -> bool:
         self._check_seq(source)
         self._check_seq(target)
-        is_whole = p1 == self.seq_pos_max(source) + 1
+        is_whole = n_tokens == self.seq_pos_max(source) + 1
         self.require(not self._recurrent or is_whole, "a recurrent state has no part to copy")
         self.require(source != target and not self._of(target), "the target must be empty")
-        cells = [cell for cell in self._of(source) if p0 <= cell.pos < p1]
-        self.require(p0 == 0 and len(cells) == p1, "the source does not hold what is copied")
+        cells = [cell for cell in self._of(source) if cell.pos < n_tokens]
+        self.require(len(cells) == n_tokens > 0, "the source does not hold what is copied")
+        in_window = self._in_window(source)
         for cell in cells:
-            cell.owners.add(target)
-            if source in cell.window:
-                cell.window.add(target)
+            if self.kv_unified:
+                cell.owners.add(target)
+                if source in cell.window:
+                    cell.window.add(target)
+            else:
+                window = {target} if cell.pos in in_window else set()
+                self._cells.append(Cell(cell.pos, cell.token, cell.value, {target}, window))
+        return True
+
+    def seq_swap(self, a: int, b: int) -> None:
+        self._check_seq(a)
+        self._check_seq(b)
+        self.require(not self.kv_unified and a != b, "only caches of their own can be swapped")
+        self.require(not self._recurrent, "a recurrent state was moved")
+        self.n_swaps += 1
+        held = [(old, new, self._of(old), self._in_window(old)) for old, new in ((a, b), (b, a))]
+        for old, new, cells, in_window in held:
+            for cell in cells:
+                assert cell.owners == {old}
+                cell.owners = {new}
+                cell.window = {new} if cell.pos in in_window else set()
+
+    def _in_window(self, seq_id: int) -> set[int]:
+        """Positions of window cells that a state has: of the last window only."""
+        n_swa, last = self.facts.n_swa, self.seq_pos_max(seq_id)
+        return {
+            cell.pos
+            for cell in self._of(seq_id)
+            if seq_id in cell.window and (not n_swa or cell.pos > last - n_swa)
+        }
 
     def seq_pos_min(self, seq_id: int) -> int:
         self._check_seq(seq_id)

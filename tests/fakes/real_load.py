@@ -89,6 +89,7 @@ def _main(request: dict[str, Any]) -> None:
     options = EngineOptions(
         n_ctx=setup["n_ctx"],
         n_seq_max=setup["n_seq_max"],
+        kv_unified=setup["kv_unified"],
         n_ubatch=setup["n_ubatch"],
         n_threads=2,
         type_k=setup["type_k"],
@@ -103,12 +104,7 @@ def _main(request: dict[str, Any]) -> None:
     model = C.llama_model_load_from_file(os.fsencode(request["path"]), params)
     ctx = C.llama_init_from_model(
         model,
-        fill_context_params(
-            C,
-            options,
-            n_outputs_max=setup["n_outputs_max"],
-            kv_unified=setup["kv_unified"],
-        ),
+        fill_context_params(C, options, n_outputs_max=setup["n_outputs_max"]),
     )
     ready = worked = _anonymous_bytes()
     if request["is_real"] and request["work"]:

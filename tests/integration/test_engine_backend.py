@@ -73,8 +73,8 @@ CALLS = {
     "token below 0": lambda b: b.decode([Chunk(0, [-5], 0, 1)]),
     "rm": lambda b: b.seq_rm(300, -1, -1),
     "rm of all": lambda b: b.seq_rm(-1, -1, -1),
-    "cp from": lambda b: b.seq_cp(9, 0, 0, 1),
-    "cp to": lambda b: b.seq_cp(0, 9, 0, 1),
+    "cp from": lambda b: b.seq_cp(9, 0, 1),
+    "cp to": lambda b: b.seq_cp(0, 9, 1),
     "pos_min": lambda b: b.seq_pos_min(300),
     "pos_max": lambda b: b.seq_pos_max(-1),
     "save": lambda b: b.save_state(300, partial=False),
@@ -140,7 +140,7 @@ def test_a_shared_prefix_gives_the_same_logits(backend: LlamaBackend) -> None:
     read(backend, prefix)
     read(backend, rest, first=len(prefix))
     expected = logits(backend)
-    backend.seq_cp(0, 1, 0, len(prefix))
+    assert backend.seq_cp(0, 1, len(prefix))
     backend.seq_rm(0, -1, -1)
     assert backend.seq_pos_max(1) == len(prefix) - 1
     read(backend, rest, seq_id=1, first=len(prefix))

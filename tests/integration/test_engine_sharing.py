@@ -38,11 +38,13 @@ def tokens_of(engine: Engine, text: str) -> list[int]:
     return engine.tokenizer.tokenize(text, add_special=True, parse_special=False)
 
 
+@pytest.mark.parametrize("kv_unified", [True, False])
 @pytest.mark.parametrize("name", ["smol", "gemma"])
-def test_a_new_prefix_of_several_requests_is_read_once(name: str) -> None:
+def test_a_new_prefix_of_several_requests_is_read_once(name: str, kv_unified: bool) -> None:
     path = smollm2_path() if name == "smol" else gemma3_path()
     questions = [" What is kept first?", " And then, what comes last?", " Who says so?"]
-    with open_checked(path, n_seq_max=3) as engine:
+    n_ctx = 2048 if kv_unified else 3 * 768
+    with open_checked(path, n_ctx=n_ctx, n_seq_max=3, kv_unified=kv_unified) as engine:
         prompts = [tokens_of(engine, SYSTEM + question) for question in questions]
         streams = [engine.submit(Request(tuple(p), GREEDY, 8, ignore_eog=True)) for p in prompts]
         outcomes = [read(stream) for stream in streams]
@@ -116,9 +118,16 @@ def test_answers_that_outgrow_the_cache_take_turns() -> None:
         check_choices(smollm2_path(), prompt, outcome.tokens)
 
 
-def test_many_short_requests_with_cancels_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_many_short_requests_with_cancels_leave_nothing_behind(kv_unified: bool) -> None:
     rng = random.Random(7)
-    options = {"n_ctx": 512, "n_seq_max": 4, "n_ubatch": 64, "speculative": "auto"}
+    options = {
+        "n_ctx": 512 if kv_unified else 1024,
+        "n_seq_max": 4,
+        "n_ubatch": 64,
+        "speculative": "auto",
+        "kv_unified": kv_unified,
+    }
     with open_checked(smollm2_path(), **options) as engine:
         start = tokens_of(engine, "The rules of the house are these.")
         for _ in range(12):
@@ -136,4 +145,55 @@ def test_many_short_requests_with_cancels_leave_nothing_behind() -> None:
         last = tuple(start)
         assert read(engine.submit(Request(last, GREEDY, 4))).finish.reason in ("length", "stop")
     tree = engine._core.residents.cache.tree
-    assert tree.n_cells() <= 512
+    assert tree.n_cells() <= options["n_ctx"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["smol", "gemma"])
+def test_sequences_change_places_without_a_trace(name: str) -> None:
+    """Two long answers run apart once those between them have ended. Each is moved with what it
+    holds, in the middle of its answer, and later turns still find what was there."""
+    path = smollm2_path() if name == "smol" else gemma3_path()
+    with open_checked(path, n_ctx=4 * 1024, n_seq_max=4, kv_unified=False) as engine:
+        rng = random.Random(5)
+        prompts = [[2, *(rng.randrange(2000, 9000) for _ in range(n))] for n in (40, 700, 300, 90)]
+        streams = [
+            engine.submit(Request(tuple(prompt), GREEDY, n_new, ignore_eog=True))
+            for prompt, n_new in zip(prompts, (4, 48, 6, 40), strict=True)
+        ]
+        swapped: list[tuple[int, int]] = []
+        swap = engine._backend.seq_swap
+
+        def note_swap(a: int, b: int) -> None:
+            swapped.append((a, b))
+            swap(a, b)
+
+        engine._backend.seq_swap = note_swap  # type: ignore[method-assign]
+        outcomes = [read(stream) for stream in streams]
+        turns = [[*p, *o.tokens, 5, 6] for p, o in zip(prompts, outcomes, strict=True)]
+        later = [
+            read(engine.submit(Request(tuple(turn), GREEDY, 4, ignore_eog=True))) for turn in turns
+        ]
+    assert swapped
+    for turn, outcome in zip(turns, later, strict=True):
+        assert outcome.finish.usage.n_cached == len(turn) - 3  # the last one was never decoded
+    for prompt, outcome in [*zip(prompts, outcomes, strict=True), *zip(turns, later, strict=True)]:
+        check_choices(path, prompt, outcome.tokens)
+
+
+def test_a_second_conversation_starts_from_the_same_system_prompt() -> None:
+    """The first went on far beyond Gemma's window; it stays whole, and the second reads only its
+    own question."""
+    rng = random.Random(9)
+    system = [2, *(rng.randrange(2000, 9000) for _ in range(620))]
+    first = [*system, *(rng.randrange(2000, 9000) for _ in range(900))]
+    second = [*system, *(rng.randrange(2000, 9000) for _ in range(12))]
+    for kv_unified, n_ctx in ((True, 4096), (False, 3 * 2048)):
+        options = {"n_ctx": n_ctx, "n_seq_max": 3, "n_ubatch": 256, "kv_unified": kv_unified}
+        with open_checked(gemma3_path(), **options) as engine:
+            marks = (len(system),)
+            read(engine.submit(Request(tuple(first), GREEDY, 1, come_back_to=marks)))
+            other = read(engine.submit(Request(tuple(second), GREEDY, 8, ignore_eog=True)))
+            again = read(engine.submit(Request((*first, 7), GREEDY, 1)))
+        assert other.finish.usage.n_cached == len(system)
+        assert again.finish.usage.n_cached == len(first)
+        check_choices(gemma3_path(), second, other.tokens)

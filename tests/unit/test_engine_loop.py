@@ -105,6 +105,7 @@ def backends(draw: st.DrawFn) -> dict[str, object]:
         "n_swa": draw(st.integers(1, 6)) if kind == "window" else 0,
         "slack": draw(st.integers(0, 4)),
         "recurrent": kind == "recurrent",
+        "kv_unified": draw(st.booleans()),
         "n_kept": lambda n_rows: n_rows_kept,
     }
 

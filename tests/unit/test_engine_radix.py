@@ -49,6 +49,7 @@ acts = st.lists(
     st.one_of(
         st.tuples(st.just("extend"), ids, tokens),
         st.tuples(st.just("cut"), ids, st.integers(0, 12)),
+        st.tuples(st.just("swap"), ids, ids),
         st.tuples(st.just("share"), ids, st.tuples(ids, st.integers(0, 12))),
     ),
     max_size=30,
@@ -68,6 +69,10 @@ def test_the_tree_is_the_cells(
         elif act == "cut":
             tree.cut(seq_id, what)  # type: ignore[arg-type]
             del plain.held[seq_id][what:]  # type: ignore[misc]
+        elif act == "swap":
+            tree.swap(seq_id, what)  # type: ignore[arg-type]
+            held = plain.held
+            held[seq_id], held[what] = held[what], held[seq_id]  # type: ignore[index]
         else:
             target, n = what  # type: ignore[misc]
             if target != seq_id:

@@ -231,15 +231,19 @@ def test_answers_go_on_at_every_step_while_a_prompt_is_read() -> None:
     check_books(engine, backend)
 
 
-def test_a_prompt_beside_answers_comes_in_pieces_that_take_a_bounded_time() -> None:
-    """A chunk of 512 rows takes seconds on a small machine; who reads along should not wait so."""
+@pytest.mark.parametrize(("n_prompts", "n_most"), [(1, 70), (3, 200), (9, 260)])
+def test_prompts_beside_answers_come_in_pieces_that_take_a_bounded_time(
+    n_prompts: int, n_most: int
+) -> None:
+    """A chunk of 512 rows takes seconds on a small machine; who reads along should not wait so.
+    But where more wait to be read, it is they who should not wait."""
     now_s = [0.0]
 
     def tick(_step: int, chunks: Sequence[Chunk]) -> None:
         now_s[0] += 0.01 + 0.004 * sum(len(c.tokens) for c in chunks)
 
     backend = FakeBackend(
-        n_ctx=4096, n_seq_max=2, n_batch=512, next_token=endless_token, on_decode=tick
+        n_ctx=16384, n_seq_max=10, n_batch=512, next_token=endless_token, on_decode=tick
     )
     engine = Engine(backend, checks=True, speculative="off", clock=lambda: now_s[0])
     with engine:
@@ -248,21 +252,23 @@ def test_a_prompt_beside_answers_comes_in_pieces_that_take_a_bounded_time() -> N
 
         def submit_long(step: int, chunks: Sequence[Chunk]) -> None:
             tick(step, chunks)
-            if len(late) == 0:
-                prompt = tuple((i * i + 7) % 250 for i in range(1000))
+            while len(late) < n_prompts:
+                prompt = tuple((i * i + 7 + len(late)) % 250 for i in range(1000))
                 late.append(engine.submit(Request(prompt, max_tokens=2)))
 
         n_before = backend.n_steps
         backend.on_decode = submit_long
         run(engine, (3,), 40)
-        read(late[0])
+        for stream in late:
+            read(stream)
     beside = [
         batch
         for batch in backend.batches[n_before:]
-        if len(batch) == 2 and any(c.n_outputs == 0 for c in batch)
+        if any(len(c.tokens) > 1 for c in batch) and any(len(c.tokens) == 1 for c in batch)
     ]
     assert beside
-    assert max(sum(len(c.tokens) for c in batch) for batch in beside) <= 70
+    longest = max(sum(len(c.tokens) for c in batch) for batch in beside)
+    assert n_most / 2 < longest <= n_most
 
 
 # ---- checkpoints
@@ -338,4 +344,84 @@ def test_many_requests_with_cancels_leave_nothing_behind() -> None:
     assert threading.active_count() == n_threads
     assert not engine._answers.streams and not engine._core.active
     assert len(engine._core.residents) == 0
+    check_books(engine, backend)
+
+
+# ---- where each sequence has cells of its own
+
+
+def split_backend(**options: object) -> FakeBackend:
+    given = {"n_ctx": 128, "n_seq_max": 6, "n_batch": 32, "next_token": endless_token}
+    return FakeBackend(**{**given, "kv_unified": False, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["plain", "window"])
+def test_a_prefix_is_copied_not_read_again(kind: str) -> None:
+    backend = split_backend(**KINDS[kind])
+    requests = [Request((*SYSTEM, n, n + 1), max_tokens=6) for n in range(6)]
+    engine, outcomes = run_together(backend, requests)
+    assert [outcome.finish.usage.n_cached for outcome in outcomes] == [0, 40, 40, 40, 40, 40]
+    assert n_rows(backend) == len(SYSTEM) + 6 * 2 + 6 * 5
+    assert engine.counters.n_ctx == 6 * 128
+    assert engine.counters.n_cells == 6 * (42 + 5)  # each has its own
+
+
+def test_each_may_have_its_part_of_the_cache_and_no_more() -> None:
+    backend = split_backend(n_ctx=32)
+    requests = [Request((n, 1, 2), max_tokens=99) for n in range(6)]
+    _, outcomes = run_together(backend, requests)
+    assert DecodeResult.FULL not in backend.results
+    assert all(len(outcome.tokens) == 30 for outcome in outcomes)
+
+
+@pytest.mark.parametrize("kind", ["plain", "window"])
+def test_running_sequences_are_kept_neighbours(kind: str) -> None:
+    """1, 3 and 5 go on when the others have ended; in the end only the last one does."""
+    backend = split_backend(**KINDS[kind])
+    lengths = [5, 40, 6, 50, 7, 60]
+    requests = [Request((n, n + 1), max_tokens=k) for n, k in enumerate(lengths)]
+    engine, _ = run_together(backend, requests)
+    for batch in backend.batches:
+        ids = [chunk.seq_id for chunk in batch]
+        assert ids == list(range(ids[0], ids[0] + len(ids)))
+    assert backend.n_swaps == 1  # the last one into the gap, and all fit
+    # The next turns find what each left behind, wherever it is now.
+    cached = engine._core.residents.cache
+    for request, k in zip(requests, lengths, strict=True):
+        ideal = ideal_answer(request, 128, endless_token)
+        held = [*request.prompt, *ideal.tokens[: k - 1]]
+        assert any(cached.tree.tokens(slot.seq_id) == held for slot in cached.slots)
+
+
+def test_nobody_is_moved_where_cells_are_shared_or_all_are_neighbours() -> None:
+    backend = split_backend()
+    run_together(backend, [Request((n,), max_tokens=9) for n in range(6)])
+    assert backend.n_swaps == 0
+    unified = FakeBackend(n_ctx=512, n_seq_max=6, n_batch=32, next_token=endless_token)
+    requests = [Request((n,), max_tokens=k) for n, k in enumerate([3, 30, 3, 30, 3, 30])]
+    run_together(unified, requests)  # a swap would be a violation
+
+
+def test_guesses_of_sequences_with_cells_of_their_own() -> None:
+    backend = split_backend(n_outputs_max=32, next_token=copying_token)
+    requests = [Request((*SYSTEM, n, n + 1), max_tokens=40) for n in range(8)]
+    run_together(backend, requests, speculative="ngram", clock=lambda: 1.0 + 0.06 * backend.n_steps)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_a_second_conversation_starts_from_the_first_ones_checkpoint(kv_unified: bool) -> None:
+    """The first is far beyond its system prompt, and stays as it is."""
+    backend = FakeBackend(
+        n_ctx=256, n_seq_max=3, n_batch=32, n_swa=6, next_token=endless_token, kv_unified=kv_unified
+    )
+    first = Request((*SYSTEM, *range(40)), max_tokens=20, come_back_to=(len(SYSTEM),))
+    second = Request((*SYSTEM, 7, 7, 7), max_tokens=20)
+    engine = Engine(backend, checks=True)
+    with engine:
+        answer = read(engine.submit(first))
+        other = read(engine.submit(second))
+        again = run(engine, (*first.prompt, *answer.tokens, 5), 4)
+    assert other.finish.usage.n_cached == len(SYSTEM)
+    assert other.tokens == ideal_answer(second, 256, endless_token).tokens
+    assert again.finish.usage.n_cached == len(first.prompt) + 19
     check_books(engine, backend)

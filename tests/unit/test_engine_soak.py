@@ -56,17 +56,22 @@ def ask(engine: Engine, rng: random.Random) -> str:
     raise AssertionError("the stream ended without a word")
 
 
-@pytest.mark.parametrize("kind", ["plain", "window", "recurrent"])
+@pytest.mark.parametrize("kind", ["plain", "window", "recurrent", "split", "split window"])
 def test_a_soak_leaves_nothing_behind(kind: str) -> None:
     options: dict[str, dict[str, object]] = {
         "plain": {},
         "window": {"n_swa": 12, "slack": 4},
         "recurrent": {"recurrent": True},
+        "split": {"kv_unified": False, "n_ctx": 80},
+        "split window": {"kv_unified": False, "n_ctx": 80, "n_swa": 12, "slack": 4},
     }
     n_threads = threading.active_count()
     backend = ForgettingBackend(
-        n_ctx=160, n_seq_max=5, n_batch=24, n_outputs_max=24, next_token=copying_token,
-        on_decode=lambda step, chunks: backend.end_batch(), **options[kind],  # type: ignore[arg-type]
+        **{
+            "n_ctx": 160, "n_seq_max": 5, "n_batch": 24, "n_outputs_max": 24,
+            "next_token": copying_token, "on_decode": lambda step, chunks: backend.end_batch(),
+            **options[kind],
+        },  # type: ignore[arg-type]
     )  # fmt: skip
     ends: dict[str, int] = {}
     failures: list[BaseException] = []
