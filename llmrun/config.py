@@ -56,6 +56,7 @@ class Settings:
     speculative: str = "auto"
     draft_model: str | None = None
     threads: int | None = None
+    kv_unified: str = "auto"
     model: str | None = None
     max_tokens: int | None = None
     seed: int | None = None

@@ -12,8 +12,9 @@ Kind = Literal["flag", "switch", "count", "text", "texts", "int", "float", "shar
 `shares`: positive numbers with commas between them, or a list of numbers."""
 
 Group = Literal[
-    "common", "hub", "load", "sampling", "prompt", "run", "chat", "prefix", "serve", "config"
-]
+    "common", "hub", "load", "streams", "sampling", "prompt", "run", "chat", "prefix", "serve",
+    "config",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,14 @@ OPTIONS: tuple[Option, ...] = (
         minimum=1,
         maximum=4096,
         metavar="N|auto",
+    ),
+    Option(
+        "kv_unified",
+        "choice",
+        "streams",
+        "One KV cache for all requests at once, or off: one for each.",
+        "auto",
+        words=("auto", "on", "off"),
     ),
     Option("model", "text", "config", "The model that chat opens when none is named."),
     Option(

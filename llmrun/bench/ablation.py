@@ -198,6 +198,11 @@ def list_switches(
     if stream_options is not None:
         together = replace(stream_options, speculative="off")
         switches.append(_batching(lambda: open_engine(together), sizes))
+        if not together.kv_unified:
+            shared = replace(together, kv_unified=True)
+            switches.append(
+                _own_caches(lambda: open_engine(shared), lambda: open_engine(together), sizes)
+            )
     n_threads = max(options.n_threads or 1, options.n_threads_batch or 1)
     if n_threads > 1:
         one = opening(n_threads=1, n_threads_batch=1, steady_threads=False)
@@ -267,23 +272,48 @@ def _speculation(off: Open, on: Open, sizes: Sizes) -> Switch:
     return Switch("speculation", off, on, work, work, units, n_units)
 
 
-def _batching(opening: Open, sizes: Sizes) -> Switch:
-    n = sizes.n_parallel
-    name = f"{n} requests"
+@dataclass(frozen=True, slots=True)
+class _AtOnce:
+    """Several requests that have nothing in common, all at once."""
 
-    def make(workloads: Workloads) -> list[tuple[int, ...]]:
-        return [workloads.fresh(sizes.n_parallel_prompt) for _ in range(n)]
+    sizes: Sizes
+
+    @property
+    def name(self) -> str:
+        return f"{self.sizes.n_parallel} requests"
+
+    @property
+    def n_units(self) -> float:
+        sizes = self.sizes
+        return sizes.n_parallel * request_units(sizes.n_parallel_prompt, sizes.n_parallel_tokens)
+
+    def prompts(self, workloads: Workloads) -> list[tuple[int, ...]]:
+        sizes = self.sizes
+        return [workloads.fresh(sizes.n_parallel_prompt) for _ in range(sizes.n_parallel)]
+
+    def __call__(self, driver: Driver, workloads: Workloads) -> Mapping[str, float]:
+        prompts = self.prompts(workloads)
+        return {self.name: driver.generate_together(prompts, self.sizes.n_parallel_tokens).tok_s}
+
+
+def _batching(opening: Open, sizes: Sizes) -> Switch:
+    at_once = _AtOnce(sizes)
 
     def one_by_one(driver: Driver, workloads: Workloads) -> Mapping[str, float]:
         found = [
             driver.generate_together([prompt], sizes.n_parallel_tokens)
-            for prompt in make(workloads)
+            for prompt in at_once.prompts(workloads)
         ]
         seconds = sum(each.seconds for each in found)
-        return {name: sum(each.n_tokens for each in found) / seconds if seconds else 0.0}
+        return {at_once.name: sum(each.n_tokens for each in found) / seconds if seconds else 0.0}
 
-    def at_once(driver: Driver, workloads: Workloads) -> Mapping[str, float]:
-        return {name: driver.generate_together(make(workloads), sizes.n_parallel_tokens).tok_s}
+    units: Mapping[str, Unit] = {at_once.name: "tok/s"}
+    return Switch("batching", opening, None, one_by_one, at_once, units, at_once.n_units)
 
-    n_units = n * request_units(sizes.n_parallel_prompt, sizes.n_parallel_tokens)
-    return Switch("batching", opening, None, one_by_one, at_once, {name: "tok/s"}, n_units)
+
+def _own_caches(shared: Open, own: Open, sizes: Sizes) -> Switch:
+    at_once = _AtOnce(sizes)
+    units: Mapping[str, Unit] = {at_once.name: "tok/s"}
+    return Switch(
+        "a KV cache for each stream", shared, own, at_once, at_once, units, at_once.n_units
+    )

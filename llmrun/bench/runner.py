@@ -308,7 +308,9 @@ class Bench:
             possible = [
                 n
                 for n in suite.n_streams
-                if n <= options.n_seq_max and suite.n_ctx_of(n) <= engine.n_ctx
+                # The context is one for all streams, or each one's own.
+                if n <= options.n_seq_max
+                and suite.n_ctx_of(n if options.kv_unified else 1) <= engine.n_ctx
             ]
             for number in range(suite.n_repeats):
                 for n in possible:
@@ -316,7 +318,7 @@ class Bench:
                     prompts = [workloads.fresh(suite.n_stream_prompt) for _ in range(n)]
                     together = driver.generate_together(prompts, suite.n_stream_tokens)
                     if together.n_tokens:
-                        self._add(f"streams{n}", together.tok_s)
+                        self._add(f"streams{n}", together.tok_s, kv_unified=options.kv_unified)
         finally:
             engine.close()
         if len(possible) < len(suite.n_streams):

@@ -80,6 +80,7 @@ def wishes_of(settings: Settings, n_ctx_enough: int | None = None) -> Wishes:
         n_threads=settings.threads,
         n_ctx_enough=n_ctx_enough,
         speculative=settings.speculative,  # type: ignore[arg-type]
+        kv_unified={"on": True, "off": False}.get(settings.kv_unified),
     )
 
 

@@ -182,4 +182,4 @@ def _compare(invocation: Invocation, words: Sequence[str]) -> BenchCompareResult
 
 
 def add_to(app: typer.Typer) -> None:
-    register(app, "bench", bench, "hub", "load")
+    register(app, "bench", bench, "hub", "load", "streams")

@@ -116,14 +116,22 @@ def subject_of(prepared: Prepared, suite: Suite) -> Subject:
 
 
 def stream_options(prepared: Prepared, n_streams: int, n_ctx: int) -> EngineOptions | None:
-    """Options for so many streams in a cache of `n_ctx` tokens, None where they would not fit."""
+    """Options for so many streams of equal length and `n_ctx` tokens together, by the rules of
+    `serve` for their cache; None where they would not fit."""
+    from llmrun.fit.parallel import is_as_good, list_caches
+
     if n_streams < 1:
         return None
     acquired = prepared.acquired
     wishes = replace(acquired.wishes, n_seq=n_streams, n_ctx=n_ctx, n_ctx_enough=None)
-    made = _plan(prepared, wishes)
-    if made is None:
+    plans = [
+        made
+        for kv_unified in list_caches(acquired.info, wishes, n_ctx // n_streams)
+        if (made := _plan(prepared, replace(wishes, kv_unified=kv_unified))) is not None
+    ]
+    if not plans:
         return None
+    made = plans[0] if is_as_good(plans[0], plans[-1]) else plans[-1]
     options = engine_options(replace(acquired, plan=made), prepared.invocation.settings)
     return replace(
         options,

@@ -83,7 +83,10 @@ def count_draft(
     device: Literal["gpu", "ram"] = "gpu" if machine.devices else "ram"
 
     def count(setup: Setup) -> Wishes:
-        setup = replace(setup, type_k="f16", type_v="f16", n_outputs_max=1, n_cpu_moe=0)
+        # As `engine.draft_file` opens it.
+        setup = replace(
+            setup, type_k="f16", type_v="f16", n_outputs_max=1, n_cpu_moe=0, kv_unified=True
+        )
         need = drafter_need(draft.resolved.n_bytes, setup, draft.info, target=info)
         n_bytes = companion_bytes([need], device)
         return replace(wishes, companions_bytes=wishes.companions_bytes + n_bytes)

@@ -351,6 +351,7 @@ def describe_change(before: Plan, after: Plan) -> str:
     rows = (
         ("context", before.n_ctx, after.n_ctx),
         ("KV cache", before.type_k, after.type_k),
+        ("KV cache", _name_cache(before), _name_cache(after)),
         ("GPU layers", _count_layers(before.n_gpu_layers), _count_layers(after.n_gpu_layers)),
         ("layers with experts in RAM", before.n_cpu_moe, after.n_cpu_moe),
         ("ubatch", before.n_ubatch, after.n_ubatch),
@@ -359,6 +360,10 @@ def describe_change(before: Plan, after: Plan) -> str:
     if before.use_mmap != after.use_mmap or before.use_repack != after.use_repack:
         changes.append("no second copy of the weights")
     return escape_line(", ".join(changes)) or "the same settings"
+
+
+def _name_cache(made: Plan) -> str:
+    return "for all streams" if made.kv_unified else "for each stream"
 
 
 def _count_layers(n_gpu_layers: int) -> str:

@@ -259,6 +259,7 @@ def engine_options(acquired: Acquired, settings: Settings | None = None) -> Engi
     return EngineOptions(
         n_ctx=plan.n_ctx,
         n_seq_max=plan.n_seq,
+        kv_unified=plan.kv_unified,
         n_gpu_layers=plan.n_gpu_layers,
         n_cpu_moe=plan.n_cpu_moe,
         tensor_split=plan.tensor_split,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import socket
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -18,8 +20,9 @@ import typer
 
 from llmrun import __version__
 from llmrun.cli.options import Invocation, complete_model, register
+from llmrun.cli.serve_log import LogOutput
 from llmrun.config import Settings
-from llmrun.errors import NotFoundError, UsageError
+from llmrun.errors import LlmrunError, NotFoundError, UsageError
 from llmrun.text import escape_line, format_count
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 # A thread that computes in Python keeps others waiting this long. The engine's thread must not wait
 # the usual 5 ms for the event loop after each of its steps.
 _SWITCH_INTERVAL_S = 0.0005
+
+# For the last lines to be written. A terminal that is stopped takes none.
+_LAST_LINES_S = 1.0
 
 
 def serve(
@@ -106,20 +112,20 @@ class _Server:
     """One run of the server, from its first line to its last."""
 
     def __init__(self, invocation: Invocation, models: list[str], guard: GuardOptions) -> None:
-        self._invocation = invocation
+        self._output = LogOutput(invocation.output)
+        self._invocation = replace(invocation, output=self._output)
         self._settings = invocation.settings
-        self._output = invocation.output
         self._models = models
         self._guard = guard
         self._url = ""
 
     def run(self) -> int:
         from llmrun.cli.open_model import route_logs
-        from llmrun.cli.serve_log import LineWriter
         from llmrun.cli.serve_models import ServedModels
         from llmrun.cli.serve_status import StatusLine
         from llmrun.server import lifecycle
         from llmrun.server.app import build_app, encode_error_for
+        from llmrun.server.background import run_in_thread
         from llmrun.server.host import HostOptions, ModelHost
         from llmrun.server.limits import GuardMiddleware
         from llmrun.server.page import greetings, pages
@@ -160,30 +166,45 @@ class _Server:
             self._guard,
             encode_error_for,
             state,
-            log=LineWriter(output.detail).put if output.verbose else None,
+            log=output.detail if output.verbose else None,
         )
 
         async def stop() -> None:
-            await status.stop()
-            await host.close()
+            try:
+                await status.stop()
+                await host.close()
+            finally:
+                await run_in_thread(partial(output.end, _LAST_LINES_S), "llmrun-end")
 
-        code = lifecycle.serve(
-            app,
-            lifecycle.ServeOptions(host=settings.host, port=settings.port, drain_s=settings.drain),
-            state,
-            on_listen=self._note_url,
-            on_start=host.start,
-            on_ready=self._say_ready,
-            on_drain=self._say_drain,
-            on_stop=stop,
-            on_abort=self._abort,
-        )
-        self._event({"event": "stopped"})
+        code = 1
+        try:
+            code = lifecycle.serve(
+                app,
+                lifecycle.ServeOptions(
+                    host=settings.host, port=settings.port, drain_s=settings.drain
+                ),
+                state,
+                on_listen=self._note_url,
+                on_start=host.start,
+                on_ready=self._say_ready,
+                on_drain=self._say_drain,
+                on_stop=stop,
+                on_abort=self._abort,
+            )
+            self._event({"event": "stopped"})
+        except LlmrunError as error:
+            code = error.exit_code
+            raise
+        finally:
+            if output.is_stuck:
+                # The interpreter's own end would wait for the stream, which nobody reads.
+                os._exit(code)
         return code
 
     # ---- what a person sees
 
     def _note_url(self, url: str) -> None:
+        self._output.begin()
         self._url = url
         if self._models:
             self._output.note(f"{url} listens, loading {', '.join(self._models)}")
@@ -240,8 +261,10 @@ def _describe(opened: Opened) -> str:
     elif n == 1:
         what = f"1 request at a time, context {n_ctx}"
     else:
-        shared = format_count(opened.engine.n_ctx)
-        what = f"{n} requests at once, context {n_ctx} each, {shared} together"
+        others = "in caches of their own"
+        if opened.kv_unified:
+            others = f"{format_count(opened.engine.n_ctx)} together"
+        what = f"{n} requests at once, context {n_ctx} each, {others}"
     line = f"{opened.card.name}: {what}; {opened.plan_line}; loaded in {opened.load_s:.1f} s"
     return escape_line(line)
 
@@ -252,6 +275,7 @@ def _as_row(opened: Opened) -> dict[str, object]:
         "role": opened.role,
         "n_ctx": opened.n_ctx,
         "parallel": opened.n_parallel,
+        "kv_unified": opened.kv_unified,
         "load_s": round(opened.load_s, 3),
         "memory_bytes": opened.memory_bytes,
     }
@@ -363,4 +387,4 @@ def _route_server_logs(output: Output) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    register(app, "serve", serve, "hub", "load", "sampling", "serve")
+    register(app, "serve", serve, "hub", "load", "streams", "sampling", "serve")

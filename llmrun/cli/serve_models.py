@@ -201,6 +201,7 @@ class ServedModels:
                 made = alone
             require_fit(invocation, found.resolved, info, made, wishes, machine)
             made = replace(made, n_threads=alone.n_threads, n_threads_batch=alone.n_threads_batch)
+        # For an attempt with less: there, streams share one cache again unless the user says no.
         if wishes.n_ctx is not None:
             wishes = replace(wishes, n_ctx=made.n_ctx)
         return replace(
@@ -243,6 +244,7 @@ class ServedModels:
             max_tokens=invocation.settings.max_tokens,
             stop=invocation.settings.stop,
             n_parallel=plan.n_seq,
+            kv_unified=plan.kv_unified,
             uses=_uses(plan),
             unseen_bytes=_unseen_bytes(plan),
             load_s=model.engine.load_s,
@@ -356,6 +358,7 @@ def _embed_wishes(found: _Found, role: Role) -> tuple[EmbedOptions, Wishes]:
         wishes,
         n_ctx=shape.n_cells,
         n_seq=shape.n_seq_max,
+        kv_unified=True,
         n_ubatch=shape.n_ubatch,
         type_k=options.type_k,
         type_v=options.type_v,

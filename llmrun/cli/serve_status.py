@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmrun.text import escape_line
@@ -12,17 +13,18 @@ from llmrun.text import escape_line
 if TYPE_CHECKING:
     from rich.live import Live
 
+    from llmrun.cli.serve_log import LogOutput
     from llmrun.engine.types import EngineCounters
     from llmrun.server.service import Service
-    from llmrun.ui.output import Output
 
 _EVERY_S = 0.5
 
 
 class StatusLine:
-    """Shown on stderr where that is a terminal and nobody asked for quiet; else nothing."""
+    """Shown on stderr where that is a terminal and nobody asked for quiet; else nothing. The event
+    loop only finds the words: a terminal may be stopped."""
 
-    def __init__(self, output: Output, service: Service) -> None:
+    def __init__(self, output: LogOutput, service: Service) -> None:
         self._output = output
         self._service = service
         self._task: asyncio.Task[None] | None = None
@@ -37,15 +39,17 @@ class StatusLine:
             return
         from rich.live import Live
 
-        self._live = Live(console=output.stderr, auto_refresh=False, transient=True)
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._live = live = Live(console=output.stderr, auto_refresh=False, transient=True)
+        output.put(live.start)
+        self._task = asyncio.get_running_loop().create_task(self._run(live))
 
     def pause(self) -> None:
-        """Take the line away, so that others can write."""
+        """Take the line away; what is written later comes behind that."""
         if self._task is not None:
             self._task.cancel()
         if self._live is not None:
-            self._live.stop()
+            self._output.put(self._live.stop)
+            self._live = None
 
     async def stop(self) -> None:
         self.pause()
@@ -53,13 +57,14 @@ class StatusLine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def _run(self) -> None:
+    async def _run(self, live: Live) -> None:
         from rich.text import Text
 
-        assert self._live is not None
-        self._live.start()
         while True:
-            self._live.update(Text(self.line(), style="dim", overflow="ellipsis"), refresh=True)
+            text = Text(self.line(), style="dim", overflow="ellipsis")
+            # Where others wait to be written, the next line is as good.
+            if self._output.is_idle:
+                self._output.put(partial(live.update, text, refresh=True))
             await asyncio.sleep(_EVERY_S)
 
     def line(self) -> str:

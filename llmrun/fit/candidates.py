@@ -35,6 +35,8 @@ class Wishes:
 
     `n_ctx_enough` bounds the automatic context: a length beyond which nothing is gained, such as
     that of the prompt and the longest answer of a one-off run. `n_gpu_layers` -1 is "all".
+    `n_seq` sequences share the context; with `kv_unified` False each has its part for itself, and
+    None stands for True here (see `parallel.list_caches`).
     `n_cpu_moe`: the experts of so many layers stay in RAM. `tensor_split`: the GPUs' shares of the
     layers, in the engine's order; empty is automatic. `companions_bytes`: memory that a projector
     or drafter takes beside the model. `speculative`: guessed tokens take room for their logits.
@@ -49,6 +51,7 @@ class Wishes:
     type_v: KvType | Literal["auto"] = "auto"
     flash_attn: FlashAttn = "auto"
     n_seq: int = 1
+    kv_unified: bool | None = None
     n_ubatch: int | None = None
     n_threads: int | None = None
     n_ctx_enough: int | None = None
@@ -59,6 +62,11 @@ class Wishes:
     n_ctx_max: int | None = None
     n_gpu_layers_max: int | None = None
     n_cpu_moe_min: int = 0
+
+    @property
+    def shares_cells(self) -> bool:
+        """Whether all sequences have one cache; so has a single one."""
+        return self.kv_unified is not False or self.n_seq == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +187,7 @@ def setup_of(info: ModelInfo, candidate: Candidate, wishes: Wishes, n_ubatch: in
         candidate.type_v,
         wishes.flash_attn,
         n_seq_max=wishes.n_seq,
+        kv_unified=wishes.shares_cells,
         n_ubatch=n_ubatch,
         n_outputs_max=n_outputs_of(info, wishes, n_ubatch),
         n_gpu_layers=0,

@@ -7,11 +7,9 @@ the architectures that `layers` knows, the compute buffer within about a tenth.
 from __future__ import annotations
 
 from llmrun.fit.layers import Layer, Layout, read_layout
-from llmrun.fit.types import KV_BLOCKS, MIB, Estimate, KvType, Setup
+from llmrun.fit.types import KV_BLOCKS, MIB, Estimate, KvType, Setup, pad_cells
 from llmrun.fit.weights import split_weights
 from llmrun.gguf.types import ModelInfo
-
-_PAD = 256  # llama.cpp rounds the cells of a cache up to this
 
 # Python, the libraries, and tables that are not in any buffer; then the vocabulary, measured.
 _HOST_BYTES = 64 * MIB
@@ -34,7 +32,7 @@ def estimate(info: ModelInfo, setup: Setup) -> Estimate:
         )
     layout = read_layout(info)
     if layout is None:
-        return _estimate_by_size(info, setup.n_ctx)
+        return _estimate_by_size(info, setup)
     return _estimate_by_layout(info, layout, setup)
 
 
@@ -62,11 +60,11 @@ def needs_one_kv_type(info: ModelInfo) -> bool:
 def _estimate_by_layout(info: ModelInfo, layout: Layout, setup: Setup) -> Estimate:
     n_seq = setup.n_seq_max
     n_streams = 1 if setup.kv_unified else n_seq
-    n_cells = _pad(-(-setup.n_ctx // n_streams))
+    n_cells = pad_cells(setup.n_ctx_seq)
     # No more tokens are computed at once than the context was asked to hold.
     n_ubatch = min(setup.n_ubatch, max(1, setup.n_ctx))
     window = layout.n_swa * (n_seq if setup.kv_unified else 1) + n_ubatch
-    n_cells_swa = min(n_cells, _pad(window))
+    n_cells_swa = min(n_cells, pad_cells(window))
     flash_attn = setup.flash_attn != "off"
     # Without FlashAttention V is stored transposed, every layer as wide as the widest.
     v_width = None if flash_attn else max((layer.v_width for layer in layout.layers), default=0)
@@ -168,7 +166,7 @@ def _compute_bytes(
     return max(body_bytes + mask_bytes, output_bytes)
 
 
-def _estimate_by_size(info: ModelInfo, n_ctx: int) -> Estimate:
+def _estimate_by_size(info: ModelInfo, setup: Setup) -> Estimate:
     """File size and a twentieth more, and a KV cache as if every layer kept all heads."""
     metadata = info.header.metadata
 
@@ -181,10 +179,11 @@ def _estimate_by_size(info: ModelInfo, n_ctx: int) -> Estimate:
     n_head_kv = number("attention.head_count_kv") or n_head
     d_head = number("attention.key_length") or (n_embd // n_head if n_head else 0)
     width = n_head_kv * d_head or n_embd
+    n_cells = pad_cells(setup.n_ctx_seq) * (1 if setup.kv_unified else setup.n_seq_max)
     return Estimate(
         weights_bytes=info.n_bytes * 21 // 20,
         output_bytes=info.n_bytes * 21 // 20,
-        kv_bytes=2 * n_layers * width * 2 * _pad(n_ctx),
+        kv_bytes=2 * n_layers * width * 2 * n_cells,
         compute_bytes=256 * MIB,
         overhead_bytes=_HOST_BYTES + _VOCAB_ENTRY_BYTES * (info.n_vocab or 0),
         source="filesize",
@@ -195,7 +194,3 @@ def _estimate_by_size(info: ModelInfo, n_ctx: int) -> Estimate:
 def _row(kv_type: KvType, n_values: int) -> int:
     n_block, n_bytes = KV_BLOCKS[kv_type]
     return n_values * n_bytes // n_block
-
-
-def _pad(n_cells: int) -> int:
-    return max(1, -(-n_cells // _PAD)) * _PAD

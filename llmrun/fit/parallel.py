@@ -1,9 +1,11 @@
-"""How many requests a loaded model works on at once, and the context they share. Pure but for the
+"""How many requests a loaded model works on at once, and the cache they have. Pure but for the
 plans it asks for.
 
-All streams share one cache (llama.cpp's unified KV), so what is chosen is its size in all: the
-context of one stream times their number where that fits as well as one stream does. A request may
-take more than its part while others take less.
+What is chosen is the size of the cache in all: the context of one stream times their number where
+that fits as well as one stream does. In one cache for all streams (llama.cpp's unified KV) a
+request may take more than its part while others take less, but every row looks for its own among
+the tokens of all. With a cache for each stream it looks at its own alone, and its part is all that
+a request can have.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from llmrun.fit.candidates import USUAL_N_CTX, Wishes
+from llmrun.fit.formula import has_recurrent_state
+from llmrun.fit.layers import read_layout
 from llmrun.fit.plan import Plan
-from llmrun.fit.types import GIB, Estimate
+from llmrun.fit.types import GIB, Estimate, Setup
 from llmrun.gguf.types import ModelInfo
 
 MAX_STREAMS = 256  # LLAMA_MAX_SEQ
@@ -64,30 +68,62 @@ def choose_parallel(
 
     `alone` is the plan of `wishes` for one stream. With `wishes.n_ctx` each stream is to have that
     much. What one stream would get (its place, its KV type) is not given up for more of them; for a
-    number that was asked for the shared context gets shorter instead, at the worst as short as one
-    stream's, and that plan may have any verdict.
+    number that was asked for the context in all gets shorter instead, at the worst as short as one
+    stream's, and that plan may have any verdict. Each has a cache of its own where `list_caches`
+    says so and that fits as well.
     """
     if n_streams == 1:
         return alone
     if n_streams is None and alone.verdict in ("tight", "no"):
         return alone
     for share in _list_shares(info, wishes, alone, n_streams):
-        made = make_plan(replace(wishes, n_seq=share.n_streams, n_ctx=share.n_ctx))
-        if not (_is_as_good(made, alone) and share.allows(made.estimate)):
-            continue
-        each = share.n_ctx // share.n_streams
-        words = f"context {share.n_ctx}: {each} for each of {share.n_streams} requests at once"
-        return replace(made, reasons=(words, *made.reasons[1:]))
+        shared = replace(wishes, n_seq=share.n_streams, n_ctx=share.n_ctx)
+        most = _most_of_one(info, wishes, share.n_ctx)
+        for kv_unified in list_caches(info, shared, most):
+            made = make_plan(replace(shared, kv_unified=kv_unified))
+            if is_as_good(made, alone) and share.allows(made.estimate):
+                return replace(made, reasons=(_describe(made), *made.reasons[1:]))
     if n_streams is None:
         return alone
     return make_plan(replace(wishes, n_seq=n_streams))
 
 
 def request_limit(info: ModelInfo, wishes: Wishes, plan: Plan) -> int:
-    """The most tokens that one request can have: what was asked for, else all of the cache up to
-    what the model was trained for."""
-    limit = wishes.n_ctx or info.n_ctx_train or plan.n_ctx
-    return min(plan.n_ctx, limit)
+    """The most tokens that one request can have: what was asked for, else what the model was
+    trained for; and no more than its sequence can have in the cache of `plan`."""
+    n_ctx_seq = plan.setup.n_ctx_seq
+    return min(n_ctx_seq, _most_of_one(info, wishes, n_ctx_seq))
+
+
+def list_caches(info: ModelInfo, wishes: Wishes, n_ctx_most: int) -> tuple[bool, ...]:
+    """The caches (`kv_unified`) to try for the sequences and the context of `wishes`, best first.
+    `n_ctx_most`: the most tokens of one request.
+
+    Unless the user says which: one for each sequence where no request loses by that, else one for
+    all. A recurrent state, and the cache of a draft model, are kept for all in one.
+    """
+    if wishes.n_seq == 1:
+        return (True,)
+    if wishes.kv_unified is not None:
+        return (wishes.kv_unified,)
+    each = Setup(wishes.n_ctx or 0, n_seq_max=wishes.n_seq, kv_unified=False).n_ctx_seq
+    can_be_apart = (
+        read_layout(info) is not None  # else it may have such a state
+        and not has_recurrent_state(info)
+        and wishes.speculative != "draft"
+    )
+    return (False, True) if can_be_apart and n_ctx_most <= each else (True,)
+
+
+def _most_of_one(info: ModelInfo, wishes: Wishes, n_ctx: int) -> int:
+    """What a request may have of an unbounded cache; `n_ctx` where nothing bounds it."""
+    return wishes.n_ctx or info.n_ctx_train or n_ctx
+
+
+def _describe(made: Plan) -> str:
+    each = made.n_ctx // made.n_seq
+    where = "" if made.kv_unified else ", in a cache of its own"
+    return f"context {made.n_ctx}: {each} for each of {made.n_seq} requests at once{where}"
 
 
 def _list_shares(
@@ -114,7 +150,8 @@ def _list_shares(
                 yield _Share(number, n_parts * wishes.n_ctx)
 
 
-def _is_as_good(made: Plan, alone: Plan) -> bool:
+def is_as_good(made: Plan, alone: Plan) -> bool:
+    """Whether nothing that `alone` has was given up: a place with a margin, the KV type."""
     return (
         made.verdict == alone.verdict
         and made.verdict not in ("tight", "no")

@@ -61,6 +61,7 @@ _LEAST_SAVING = 32
 class Plan:
     """Settings for the engine, and how they fit.
 
+    `n_ctx` is for all of the `n_seq` sequences; with `kv_unified` off each has its part for itself.
     `n_gpu_layers`: -1 is all, also where no GPU is known. Weights that the CPU reorders
     (`use_repack`) are a second copy of those mapped from the file (`use_mmap`): both are set only
     where there is room for both, and only the latter where there is too little for reading.
@@ -93,6 +94,7 @@ class Plan:
     n_cpu_moe: int = 0
     tensor_split: tuple[float, ...] = ()
     n_seq: int = 1
+    kv_unified: bool = True
     n_outputs_max: int = 1
     forecast: Forecast | None = None
 
@@ -105,6 +107,7 @@ class Plan:
             self.type_v,
             self.flash_attn,
             n_seq_max=self.n_seq,
+            kv_unified=self.kv_unified,
             n_ubatch=self.n_ubatch,
             n_outputs_max=max(self.n_outputs_max, self.n_seq),
             n_gpu_layers=self.n_gpu_layers,
@@ -406,6 +409,7 @@ def _settle(
         n_cpu_moe=placement.n_cpu_moe,
         tensor_split=placement.tensor_split,
         n_seq=wishes.n_seq,
+        kv_unified=wishes.shares_cells,
         n_outputs_max=n_outputs_of(request.info, wishes, request.n_ubatch),
         forecast=forecast(request.info, placement, machine),
     )

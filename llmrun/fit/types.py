@@ -21,14 +21,21 @@ KV_BLOCKS: Mapping[KvType, tuple[int, int]] = {
 }
 MIB = 1 << 20
 GIB = 1 << 30
+_CELLS_PAD = 256  # llama.cpp rounds the cells of a cache up to this
 # ggml's buffers of RAM in which the CPU keeps weights in an order of its own.
 REORDERED_BUFFERS = frozenset({"CPU_REPACK", "CPU_KLEIDIAI", "CPU_RISCV64_SPACEMIT", "AMX"})
+
+
+def pad_cells(n_cells: int) -> int:
+    """The cells that a cache for so many tokens has."""
+    return max(1, -(-n_cells // _CELLS_PAD)) * _CELLS_PAD
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """The engine's settings that memory depends on, with llama.cpp's names and meaning.
 
+    `n_ctx` is for all sequences together; with `kv_unified` off each has its part of it for itself.
     `n_gpu_layers` -1 is all. `n_cpu_moe`: the experts of the first so many layers stay in RAM.
     `tensor_split`: shares of the layers on each GPU in the engine's order; empty leaves it to
     llama.cpp. Sliding-window layers are always sized with `swa_full` off.
@@ -46,6 +53,13 @@ class Setup:
     n_cpu_moe: int = 0
     tensor_split: tuple[float, ...] = ()
     use_repack: bool = True
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """The most tokens of one sequence."""
+        if self.kv_unified or self.n_seq_max == 1:
+            return self.n_ctx
+        return pad_cells(-(-self.n_ctx // self.n_seq_max))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,12 @@ from llmrun.server import (
 from llmrun.server.failures import as_api_error
 from llmrun.server.metrics import CONTENT_TYPE
 from llmrun.server.service import Service, Wire, read_body
-from llmrun.server.streaming import StreamedAnswer, error_answer, json_answer
+from llmrun.server.streaming import (
+    StreamedAnswer,
+    error_answer,
+    json_answer,
+    long_json_answer,
+)
 from llmrun.server.types import ApiError, ErrorAnswer, ErrorKind
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -217,7 +222,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def embeddings(http: Request) -> Response:
         request = await read_body(http, wire_embeddings.parse_embeddings)
         found = await service.embed(http, request)
-        return json_answer(
+        return await long_json_answer(
             wire_embeddings.encode_embeddings(request, found.model, found.values, found.n_tokens)
         )
 
@@ -253,7 +258,7 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
     async def count(http: Request) -> Response:
         request = await read_body(http, wire_anthropic.parse_count_tokens)
-        return json_answer(wire_anthropic.encode_count(await service.count_tokens(request)))
+        return json_answer(wire_anthropic.encode_count(await service.count_tokens(http, request)))
 
     _post(app, service, ("/v1/messages",), messages, wire_anthropic.SCHEMA_MESSAGES,
           "Reply to messages", tag)  # fmt: skip
@@ -280,13 +285,16 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     async def idle(request: Any, action: Any, encode: Callable[..., Mapping[str, Any]]) -> Response:
         generation = request.generation
-        await service.touch(generation.model, generation.keep_alive_s, is_unload=action == "unload")
+        if action == "load":
+            await service.load(generation.model, generation.keep_alive_s)
+        elif not await service.host.unload(generation.model):
+            action = "load"  # a pinned one, which stays: the dialect's other word is the true one
         return json_answer(encode(service.context(generation.model), action))
 
     async def embed(http: Request) -> Response:
         request = await read_body(http, wire_ollama.parse_embed)
         found = await service.embed(http, request)
-        return json_answer(
+        return await long_json_answer(
             wire_ollama.encode_embed(
                 found.model, found.values, found.n_tokens,
                 total_s=found.total_s, load_s=found.load_s,
@@ -337,11 +345,11 @@ def _add_extras(app: FastAPI, service: Service) -> None:
 
     async def tokenize(http: Request) -> Response:
         request = await read_body(http, wire_extras.parse_tokenize)
-        return json_answer(await service.tokenize(request))
+        return await long_json_answer(await service.tokenize(http, request))
 
     async def detokenize(http: Request) -> Response:
         request = await read_body(http, wire_extras.parse_detokenize)
-        return json_answer(await service.detokenize(request))
+        return json_answer(await service.detokenize(http, request))
 
     async def health(http: Request) -> Response:
         return service.health()

@@ -119,16 +119,15 @@ class ModelHost:
         finally:
             self._let_go(slot)
 
-    async def unload(self, name: str, role: Role = "chat") -> bool:
-        """Have the model go as soon as it is idle; False when it is not loaded, or pinned. Raises
-        ApiError for an unknown name."""
+    async def unload(self, name: str) -> bool:
+        """Have the model go in all its roles, in each as soon as it is idle; False for a pinned
+        one, which stays. Raises ApiError for an unknown name."""
         card = await self.find(name)
-        slot = self._shelf.slots.get((card.name, role))
-        if slot is None or slot.is_pinned:
-            return False
-        slot.keep_alive_s = 0.0
-        self._shelf.settle(slot)
-        return True
+        for slot in list(self._shelf.slots.values()):
+            if slot.card.name == card.name and not slot.is_pinned:
+                slot.keep_alive_s = 0.0
+                self._shelf.settle(slot)
+        return card.name not in self._pinned
 
     def discard(self, opened: Opened) -> None:
         """A loaded model turned out to be broken: the next request loads it anew."""

@@ -108,7 +108,8 @@ class ServeOptions:
     """Where to listen, and for how long to wait. Port 0 takes a free one.
 
     `drain_s` is for running requests after the first signal, `cut_s` for the words of those that
-    were cut, `stop_s` for what ends afterwards (models), `abort_s` for `on_abort`.
+    were cut, `stop_s` for what ends afterwards (models), `abort_s` for `on_abort`, and once more
+    for what is still to be written.
     `head_s` is how long a request's head may take from its first byte (from the connection for the
     first), `keep_alive_s` how long a connection may be idle between requests, `stall_s` how long a
     client may leave what it is sent unread.
@@ -218,20 +219,17 @@ class _Life:
     def exit_now(self, code: int) -> None:
         """End the process without unwinding: threads may be inside the library's C code, which
         the interpreter's own end would pull the ground from under."""
-        if self._on_abort is not None:
-            thread = threading.Thread(target=self._abort, name="abort", daemon=True)
+        # Either may never return: a stream that a thread is writing to a stopped terminal is its.
+        for work in (self._abort, _flush):
+            thread = threading.Thread(target=work, name="abort", daemon=True)
             thread.start()
             thread.join(self._options.abort_s)
-        for stream in (sys.stdout, sys.stderr):
-            # A buffered stream that was being written refuses to be entered again.
-            with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
-                stream.flush()
         os._exit(code)
 
     def _abort(self) -> None:
-        assert self._on_abort is not None
-        with contextlib.suppress(Exception):
-            self._on_abort()
+        if self._on_abort is not None:
+            with contextlib.suppress(Exception):
+                self._on_abort()
 
     # -- the loop
 
@@ -318,6 +316,12 @@ class _Life:
                 self.exit_now(code)
 
         threading.Thread(target=watch, name="end", daemon=True).start()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+            stream.flush()
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class GuardMiddleware:
                 path = scope["path"][:200].encode("ascii", "backslashreplace").decode()
                 ms = (time.monotonic() - began) * 1000
                 status = answer.status or _GONE
-                self._log(f"{_printable(scope['method'])} {_printable(path)} {status} {ms:.0f}")
+                self._log(f"{_printable(scope['method'])} {_printable(path)} {status} {ms:.0f} ms")
 
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:

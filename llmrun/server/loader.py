@@ -20,12 +20,16 @@ _log = logging.getLogger("llmrun.server")
 RETRY_S = 5.0
 """When to ask again for a model that is on its way."""
 
+_N_READERS = 2
+"""Texts of one model that are tokenized at once beside its replies. More would only take more of
+the processor's cores from these; with one, a short text would wait for every long one."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """`wait_s`: how long a load waits for other models to become idle. `max_queue` and
-    `queue_wait_s` are those of the loaded model's `Admission`. `retry_failed_s`: how long the error
-    of a failed load stands for the next ones."""
+    `queue_wait_s` are those of each `Admission` of the loaded model. `retry_failed_s`: how long the
+    error of a failed load stands for the next ones."""
 
     wait_s: float
     max_queue: int
@@ -116,14 +120,18 @@ class Loader:
                 if shelf.list_busy():
                     raise _in_the_way(slot) from error
                 raise
-            admission = Admission(
-                opened.n_parallel,
-                self._options.max_queue,
-                wait_s=self._options.queue_wait_s,
-                clock=self._clock,
+            slot.opened = replace(
+                opened,
+                admission=self._admission(opened.n_parallel),
+                token_admission=self._admission(_N_READERS),
             )
-            slot.opened = replace(opened, admission=admission)
             return
+
+    def _admission(self, n_places: int) -> Admission:
+        options = self._options
+        return Admission(
+            n_places, options.max_queue, wait_s=options.queue_wait_s, clock=self._clock
+        )
 
     async def _open_in_thread(
         self, slot: Slot, room: Room, go_on: Callable[[float], bool]

@@ -53,12 +53,14 @@ class Opened:
     """A loaded model, equal to itself only. By its role either `engine` or `embedder` is there.
 
     `n_parallel` requests can be worked on at once. `n_ctx` is the most tokens that one of them can
-    have, prompt and answer together; all share the engine's cache, which may be larger.
+    have, prompt and answer together. With `kv_unified` all share the engine's cache, which may be
+    larger; else each has one of its own.
     `sampling` is what the model's makers and the server's user want where a request says nothing.
     `max_tokens` bounds the answers to requests that set no bound, `stop` ends all answers.
     `uses` is the plan's memory by device, `unseen_bytes` what of the RAM among it the system
     reports as free all the same. `plan_line` is the plan in one line for people. `admission` is
-    the host's: its places are the `n_parallel`.
+    the host's: its places are the `n_parallel`; so is `token_admission`, for what needs the
+    vocabulary only.
     """
 
     card: ModelCard
@@ -71,11 +73,13 @@ class Opened:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     n_parallel: int = 1
+    kv_unified: bool = True
     uses: Mapping[str, int] = field(default_factory=dict)
     unseen_bytes: int = 0
     load_s: float = 0.0
     plan_line: str = ""
     admission: Admission = field(default_factory=lambda: Admission(1, 0))
+    token_admission: Admission = field(default_factory=lambda: Admission(1, 0))
 
     @property
     def memory_bytes(self) -> int:

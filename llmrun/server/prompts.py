@@ -64,7 +64,7 @@ class ChatModel:
         stop: tuple[str, ...] = (),
     ) -> None:
         """`n_ctx`: the most tokens that one request may have, prompt and answer together, where
-        that is less than what the engine's cache holds. `max_tokens` is for requests that set no
+        that is less than what the engine allows. `max_tokens` is for requests that set no
         bound; `stop` ends every answer."""
         self.engine = engine
         self.n_ctx = min(n_ctx or engine.n_ctx, engine.n_ctx)

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -167,10 +167,14 @@ class Service:
             if isinstance(event, Finished):
                 self.metrics.count_reply(opened.card.name, event)
 
-    async def count_tokens(self, request: ChatRequest) -> int:
+    async def count_tokens(self, http: Request, request: ChatRequest) -> int:
         """The tokens of a prompt, which is not run."""
-        async with self._use(request.generation.model, "chat") as (opened, _):
-            return await asyncio.to_thread(self.chat_model(opened).count_chat, request)
+
+        def work(opened: Opened) -> Callable[[], int]:
+            return partial(self.chat_model(opened).count_chat, request)
+
+        counting = self._read_tokens(request.generation.model, "chat", work)
+        return await while_connected(http.receive, counting)
 
     def chat_model(self, opened: Opened) -> ChatModel:
         """The loaded model with its template, made once."""
@@ -195,13 +199,10 @@ class Service:
             name = names[0] if len(names) == 1 else ""
         return AnswerContext(secrets.token_hex(12), self.now(), name)
 
-    async def touch(self, name: str, keep_alive_s: float | None, *, is_unload: bool) -> float:
-        """Load a model, or have it go; the seconds that took."""
-        if is_unload:
-            await self.host.unload(name)
-            return 0.0
-        async with self._use(name, "chat", keep_alive_s) as (_, load_s):
-            return load_s
+    async def load(self, name: str, keep_alive_s: float | None) -> None:
+        """Load a model that is to reply soon."""
+        async with self._use(name, "chat", keep_alive_s):
+            pass
 
     # ---- vectors and scores
 
@@ -239,26 +240,39 @@ class Service:
 
     # ---- tokens
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, object]:
-        """The answer's body: the tokens of a text, with each one's bytes where they are wanted."""
-        async with self._use_any(request.model) as tokenizer:
-            return await asyncio.to_thread(tokenize, tokenizer, request)
+    async def tokenize(self, http: Request, request: TokenizeRequest) -> Iterator[bytes]:
+        """The answer's JSON in pieces: the tokens of a text, with each one's bytes where they are
+        wanted."""
+        return await self._with_tokenizer(http, request.model, partial(tokenize, request=request))
 
-    async def detokenize(self, request: DetokenizeRequest) -> dict[str, object]:
+    async def detokenize(self, http: Request, request: DetokenizeRequest) -> dict[str, object]:
         """The answer's body: the text of tokens. Raises ApiError for one outside of the
         vocabulary."""
-        async with self._use_any(request.model) as tokenizer:
-            return await asyncio.to_thread(detokenize, tokenizer, request)
+        return await self._with_tokenizer(http, request.model, partial(detokenize, request=request))
 
-    @contextlib.asynccontextmanager
-    async def _use_any(self, name: str) -> AsyncIterator[Tokenizer]:
-        """The model's vocabulary, loaded in whatever role is its own."""
-        card = await self.host.find(name)
-        role: Role = "chat" if card.can_chat else "rank" if card.can_rerank else "embed"
-        async with self._use(name, role) as (opened, _):
+    async def _with_tokenizer(self, http: Request, name: str, work: Callable[[Tokenizer], R]) -> R:
+        """`work` with the model's vocabulary, loaded in whatever role is its own."""
+
+        def prepare(opened: Opened) -> Callable[[], R]:
             model = opened.engine or opened.embedder
             assert model is not None
-            yield model.tokenizer
+            return partial(work, model.tokenizer)
+
+        async def find_and_run() -> R:
+            card = await self.host.find(name)
+            role: Role = "chat" if card.can_chat else "rank" if card.can_rerank else "embed"
+            return await self._read_tokens(name, role, prepare)
+
+        return await while_connected(http.receive, find_and_run())
+
+    async def _read_tokens(
+        self, name: str, role: Role, prepare: Callable[[Opened], Callable[[], R]]
+    ) -> R:
+        """Run, in a thread, what `prepare` makes: something that needs the model's vocabulary, but
+        no step of the model. It waits for its like only, never for replies, and its threads are
+        its own, so that replies do not wait for it either."""
+        async with self._use(name, role) as (opened, _), opened.token_admission.enter():
+            return await _run_to_end(prepare(opened), "llmrun-tokens")
 
     # ---- state
 
@@ -300,6 +314,17 @@ def _prepare(model: ChatModel, request: ChatRequest | TextRequest) -> list[Job]:
     if isinstance(request, ChatRequest):
         return model.prepare_chat(request)
     return model.prepare_text(request)
+
+
+async def _run_to_end(work: Callable[[], R], name: str) -> R:
+    """`work` in a thread of its own. When nobody waits for it any more it still runs to its end,
+    and so long its place is taken."""
+    running = run_in_thread(work, name)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 async def _run_held(work: Callable[[Hold], R]) -> R:

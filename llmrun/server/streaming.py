@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -36,6 +36,34 @@ def json_answer(
         media_type="application/json",
         headers=dict(headers or {}),
     )
+
+
+async def long_json_answer(pieces: Iterable[bytes]) -> Response:
+    """An answer whose JSON comes in pieces. Between any two the event loop goes on with what else
+    there is to do."""
+    found = []
+    for piece in pieces:
+        found.append(piece)
+        await asyncio.sleep(0)
+    return _PiecedAnswer(found)
+
+
+class _PiecedAnswer(Response):
+    """JSON that goes out as the pieces it is in: many megabytes in one would take the event loop
+    long to copy, too."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        n_bytes = sum(len(piece) for piece in pieces)
+        super().__init__(headers={"content-length": str(n_bytes)}, media_type="application/json")
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def error_answer(answer: ErrorAnswer) -> Response:

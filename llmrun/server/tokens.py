@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llmrun.engine.types import Tokenizer
 from llmrun.server.types import ApiError
 from llmrun.server.wire_extras import (
@@ -12,8 +14,9 @@ from llmrun.server.wire_extras import (
 )
 
 
-def tokenize(tokenizer: Tokenizer, request: TokenizeRequest) -> dict[str, object]:
-    """The answer's body: the tokens of a text, with each one's bytes where they are wanted."""
+def tokenize(tokenizer: Tokenizer, request: TokenizeRequest) -> Iterator[bytes]:
+    """The answer's JSON in pieces: the tokens of a text, with each one's bytes where they are
+    wanted."""
     tokens = tokenizer.tokenize(
         request.content, add_special=request.add_special, parse_special=request.parse_special
     )

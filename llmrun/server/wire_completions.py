@@ -14,7 +14,6 @@ from llmrun.engine.types import TokenLogprob
 from llmrun.server.reading import Fields
 from llmrun.server.types import (
     AnswerContext,
-    ApiError,
     Finished,
     Reply,
     ReplyEvent,
@@ -23,16 +22,12 @@ from llmrun.server.types import (
     ThinkingPart,
 )
 from llmrun.server.wire_json import quote
+from llmrun.server.wire_openai_chunks import ChunkEncoder
 from llmrun.server.wire_openai_fields import MAX_N, MAX_TOKEN, MAX_TOP_LOGPROBS, read_generation
 from llmrun.server.wire_openai_parts import (
-    DONE,
-    EVENT_STREAM,
-    KEEP_ALIVE,
-    encode_event,
     encode_reason,
     encode_timings,
     encode_usage,
-    error_body,
     finite_logprob,
     head_of,
     piece_text,
@@ -174,25 +169,18 @@ def _token_text(piece: bytes) -> str:
     return text if text.encode() == piece else f"bytes:{text}"
 
 
-class CompletionEncoder:
+class CompletionEncoder(ChunkEncoder):
     """A streamed text completion: `types.StreamEncoder`. The chunks have the shape of the whole
     answer; `[DONE]` ends them."""
 
-    media_type = EVENT_STREAM
-
     def __init__(self, context: AnswerContext, request: TextRequest) -> None:
-        generation = request.generation
+        head = head_of(context, "cmpl", "text_completion")
+        n_replies = request.generation.n * len(request.prompts)
+        super().__init__(head, request.generation, n_replies)
         self._request = request
-        self._n = generation.n
-        self._n_replies = generation.n * len(request.prompts)
-        self._with_usage = generation.include_usage
-        self._head = head_of(context, "cmpl", "text_completion")
-        self._open = f'data: {quote(self._head)[:-1]},"choices":[{{"text":'
-        self._close = ',"usage":null}\n\n' if self._with_usage else "}\n\n"
-        self._logprobs = [_Logprobs() for _ in range(self._n_replies)]
+        self._open = f'data: {quote(head)[:-1]},"choices":[{{"text":'
+        self._logprobs = [_Logprobs() for _ in range(n_replies)]
         self._begun: set[int] = set()
-        self._finishes: dict[int, Finished] = {}
-        self._has_failed = False
 
     def feed(self, index: int, event: ReplyEvent) -> bytes:
         if isinstance(event, TextPart | ThinkingPart):
@@ -201,28 +189,6 @@ class CompletionEncoder:
         if isinstance(event, Finished):
             return (self._text(index, "") + self._finish(index, event)).encode()
         return b""
-
-    def finish(self) -> bytes:
-        if self._has_failed:
-            return b""
-        if not self._with_usage:
-            return DONE
-        finishes = self._ordered()
-        last = {
-            **self._head,
-            "choices": [],
-            "usage": encode_usage(finishes, self._n),
-            "timings": encode_timings(finishes, self._n),
-        }
-        return encode_event(last) + DONE
-
-    def fail(self, error: ApiError) -> bytes:
-        """Without `[DONE]`: clients take that for a success."""
-        self._has_failed = True
-        return encode_event(error_body(error))
-
-    def keep_alive(self) -> bytes:
-        return KEEP_ALIVE
 
     def _text(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> str:
         if index not in self._begun:
@@ -236,10 +202,7 @@ class CompletionEncoder:
         return self._chunk(index, quote(text), encoded, "null", "")
 
     def _finish(self, index: int, finish: Finished) -> str:
-        self._finishes[index] = finish
-        timings = ""
-        if not self._with_usage and len(self._finishes) == self._n_replies:
-            timings = f',"timings":{quote(encode_timings(self._ordered(), self._n))}'
+        timings = self._end_reply(index, finish)
         return self._chunk(index, '""', "null", f'"{encode_reason(finish.reason)}"', timings)
 
     def _chunk(self, index: int, text: str, logprobs: str, reason: str, timings: str) -> str:
@@ -247,6 +210,3 @@ class CompletionEncoder:
             f'{self._open}{text},"index":{index},"logprobs":{logprobs},'
             f'"finish_reason":{reason}}}]{timings}{self._close}'
         )
-
-    def _ordered(self) -> list[Finished]:
-        return [self._finishes[index] for index in sorted(self._finishes)]

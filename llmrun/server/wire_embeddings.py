@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llmrun.server.reading import Fields
 from llmrun.server.types import EmbeddingRequest
+from llmrun.server.wire_json import to_json, to_json_pieces
 
 MAX_INPUTS = 2048
 """Texts in one request; OpenAI's own limit."""
@@ -79,21 +80,24 @@ def _is_token(value: object) -> bool:
 
 def encode_embeddings(
     request: EmbeddingRequest, model: str, vectors: Sequence[Sequence[float]], n_tokens: int
-) -> dict[str, object]:
-    """The answer with the vectors of `request.inputs`, in their order; `n_tokens` of all inputs."""
-    return {
-        "object": "list",
-        "data": [
-            {
-                "object": "embedding",
-                "index": i,
-                "embedding": _base64(vector) if request.base64 else list(vector),
-            }
+) -> Iterator[bytes]:
+    """The answer's JSON with the vectors of `request.inputs`, in their order and each a piece of
+    its own; `n_tokens` of all inputs."""
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return to_json_pieces(
+        {"object": "list", "model": model, "usage": usage},
+        "data",
+        (
+            to_json(
+                {
+                    "object": "embedding",
+                    "index": i,
+                    "embedding": _base64(vector) if request.base64 else list(vector),
+                }
+            )
             for i, vector in enumerate(vectors)
-        ],
-        "model": model,
-        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
-    }
+        ),
+    )
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -4,17 +4,20 @@ llama-server's `/tokenize` and `/detokenize`. Their errors are those of `wire_op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llmrun.server.reading import Fields
 from llmrun.server.types import RerankRequest
+from llmrun.server.wire_json import to_json, to_json_pieces
 
 MAX_DOCUMENTS = 2048
 MAX_TOKENS = 1 << 20
 MAX_CHARS = 4 * MAX_TOKENS
 _MAX_TOKEN = 2**31 - 1
 _MAX_NAME_CHARS = 512
+# Of an answer; they take a millisecond or so.
+_TOKENS_PER_PIECE = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +111,20 @@ def parse_tokenize(body: object) -> TokenizeRequest:
 
 def encode_tokenize(
     request: TokenizeRequest, tokens: Sequence[int], pieces: Sequence[bytes] = ()
-) -> dict[str, object]:
-    """`pieces` are the tokens' bytes, needed where the request wants them: text, or numbers where
-    they are only a part of a character."""
-    if not request.with_pieces:
-        return {"tokens": list(tokens)}
-    return {
-        "tokens": [
-            {"id": token, "piece": _piece(piece)}
-            for token, piece in zip(tokens, pieces, strict=True)
-        ]
-    }
+) -> Iterator[bytes]:
+    """The answer's JSON, piece by piece. `pieces` are the tokens' bytes, needed where the request
+    wants them: text, or numbers where they are only a part of a character."""
+
+    def encode(first: int) -> bytes:
+        last = first + _TOKENS_PER_PIECE
+        found: list[object] = list(tokens[first:last])
+        if request.with_pieces:
+            pairs = zip(tokens[first:last], pieces[first:last], strict=True)
+            found = [{"id": token, "piece": _piece(piece)} for token, piece in pairs]
+        return to_json(found)[1:-1]
+
+    groups = (encode(first) for first in range(0, len(tokens), _TOKENS_PER_PIECE))
+    return to_json_pieces({}, "tokens", groups)
 
 
 def _piece(piece: bytes) -> str | list[int]:

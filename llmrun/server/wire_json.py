@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping
 
 # Some clients split a stream into lines as `str.splitlines` does, where these end a line too; JSON
 # escapes all others itself. Lone surrogates are no characters and have no UTF-8.
@@ -21,6 +22,21 @@ def quote(value: object) -> str:
 def to_json(value: object) -> bytes:
     """The JSON of a value in UTF-8; see `quote`."""
     return quote(value).encode()
+
+
+def to_json_pieces(
+    body: Mapping[str, object], name: str, items: Iterable[bytes]
+) -> Iterator[bytes]:
+    """The JSON of `body` with one member more, `name`: the array of `items`, which are JSON already
+    (or several items with commas between), each a piece of its own. Encoding a whole array of
+    millions of numbers would keep the interpreter from all else for so long."""
+    begin = to_json(body)[:-1]
+    yield begin + (b"," if body else b"") + to_json(name) + b":["
+    comma = b""
+    for item in items:
+        yield comma + item
+        comma = b","
+    yield b"]}"
 
 
 def _mend(match: re.Match[str]) -> str:

@@ -4,12 +4,13 @@ and its embeddings (`/api/embed`, and the older `/api/embeddings`)."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from llmrun.server.reading import Fields
 from llmrun.server.types import EmbeddingRequest, LoadedCard, ModelCard
 from llmrun.server.wire_embeddings import MAX_DIMENSIONS, MAX_INPUTS
+from llmrun.server.wire_json import to_json, to_json_pieces
 from llmrun.server.wire_ollama_parse import KEEP_ALIVE_SCHEMA, read_model
 from llmrun.server.wire_openai_fields import read_keep_alive
 
@@ -167,15 +168,16 @@ def encode_embed(
     *,
     total_s: float = 0.0,
     load_s: float = 0.0,
-) -> dict[str, object]:
-    """The answer to `/api/embed`: the vectors in the order of the request's inputs."""
-    return {
+) -> Iterator[bytes]:
+    """The JSON of the answer to `/api/embed`: the vectors in the order of the request's inputs,
+    each a piece of its own."""
+    body = {
         "model": model,
-        "embeddings": [list(vector) for vector in vectors],
         "total_duration": round(total_s * 1e9),
         "load_duration": round(load_s * 1e9),
         "prompt_eval_count": n_tokens,
     }
+    return to_json_pieces(body, "embeddings", (to_json(list(vector)) for vector in vectors))
 
 
 def parse_embedding(body: object) -> EmbeddingRequest:

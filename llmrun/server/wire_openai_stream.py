@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from llmrun.server.types import (
     AnswerContext,
-    ApiError,
     CallArguments,
     CallStarted,
     ChatRequest,
@@ -25,37 +24,21 @@ from llmrun.server.types import (
     ThinkingPart,
 )
 from llmrun.server.wire_json import quote
-from llmrun.server.wire_openai_parts import (
-    DONE,
-    EVENT_STREAM,
-    KEEP_ALIVE,
-    encode_event,
-    encode_reason,
-    encode_timings,
-    encode_token_logprobs,
-    encode_usage,
-    error_body,
-    head_of,
-)
+from llmrun.server.wire_openai_chunks import ChunkEncoder
+from llmrun.server.wire_openai_parts import encode_reason, encode_token_logprobs, head_of
 
 
-class ChatEncoder:
+class ChatEncoder(ChunkEncoder):
     """See `types.StreamEncoder`. What every chunk has in common is encoded once."""
 
-    media_type = EVENT_STREAM
-
     def __init__(self, context: AnswerContext, request: ChatRequest) -> None:
-        self._n = request.generation.n
-        self._with_usage = request.generation.include_usage
+        head = head_of(context, "chatcmpl", "chat.completion.chunk")
+        super().__init__(head, request.generation, request.generation.n)
         self._with_logprobs = request.generation.n_logprobs is not None
         self._legacy = request.legacy_functions
-        self._head = head_of(context, "chatcmpl", "chat.completion.chunk")
-        self._open = f'data: {quote(self._head)[:-1]},"choices":[{{"index":'
-        self._close = ',"usage":null}\n\n' if self._with_usage else "}\n\n"
+        self._open = f'data: {quote(head)[:-1]},"choices":[{{"index":'
         self._unfinished = '},"finish_reason":null}]' + self._close
         self._begun: set[int] = set()
-        self._finishes: dict[int, Finished] = {}
-        self._has_failed = False
 
     def feed(self, index: int, event: ReplyEvent) -> bytes:
         if isinstance(event, Started):
@@ -70,28 +53,6 @@ class ChatEncoder:
         else:
             chunk = self._call(index, event)
         return (begin + chunk).encode()
-
-    def finish(self) -> bytes:
-        if self._has_failed:
-            return b""
-        if not self._with_usage:
-            return DONE
-        finishes = self._ordered()
-        last = {
-            **self._head,
-            "choices": [],
-            "usage": encode_usage(finishes, self._n),
-            "timings": encode_timings(finishes, self._n),
-        }
-        return encode_event(last) + DONE
-
-    def fail(self, error: ApiError) -> bytes:
-        """Without `[DONE]`: clients take that for a success."""
-        self._has_failed = True
-        return encode_event(error_body(error))
-
-    def keep_alive(self) -> bytes:
-        return KEEP_ALIVE
 
     def _begin(self, index: int, event: ReplyEvent) -> str:
         self._begun.add(index)
@@ -126,16 +87,10 @@ class ChatEncoder:
         return self._delta(index, f'"tool_calls":[{call}]')
 
     def _finish(self, index: int, finish: Finished) -> str:
-        self._finishes[index] = finish
+        timings = self._end_reply(index, finish)
         reason = encode_reason(finish.reason)
         if self._legacy and reason == "tool_calls":
             reason = "function_call"
-        timings = ""
-        if not self._with_usage and len(self._finishes) == self._n:
-            timings = f',"timings":{quote(encode_timings(self._ordered(), self._n))}'
         return (
             f'{self._open}{index},"delta":{{}},"finish_reason":"{reason}"}}]{timings}{self._close}'
         )
-
-    def _ordered(self) -> list[Finished]:
-        return [self._finishes[index] for index in sorted(self._finishes)]

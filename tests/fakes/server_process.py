@@ -4,6 +4,7 @@ PORT DRAIN_S [FAULT]`. What happens is printed, a line each; the exit code is th
 from __future__ import annotations
 
 import asyncio
+import select
 import sys
 import threading
 
@@ -22,6 +23,11 @@ def main(port: str, drain_s: str, fault: str = "") -> int:
     async def start() -> None:
         if fault == "loads-forever":
             await asyncio.Event().wait()
+        if fault == "writes-forever":
+            threading.Thread(target=_write, daemon=True).start()
+            # Nobody reads it: once it is full, the stream belongs to the thread for good.
+            while select.select([], [sys.stderr], [], 0)[1]:
+                await asyncio.sleep(0.001)
 
     async def stop() -> None:
         say("stop", state.phase)
@@ -44,6 +50,11 @@ def main(port: str, drain_s: str, fault: str = "") -> int:
         on_stop=stop,
         on_abort=abort,
     )
+
+
+def _write() -> None:
+    while True:
+        print("x" * 1000, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,19 @@ def test_a_defect_is_logged_and_its_words_are_not_sent(
     assert "a secret" not in caplog.text
 
 
+def test_a_pinned_model_stays_and_is_not_said_to_have_gone() -> None:
+    models = {"m": FakeEngine, "other": FakeEngine}
+    with fake_server(models, pinned=("m",), keep_alive_s=-1.0) as server:
+        for line in ("POST /api/generate", "POST /api/chat"):
+            for name, reason in (("m", "load"), ("other", "unload")):
+                server.ask(line, {"model": name})
+                answer = server.ask(line, {"model": name, "keep_alive": 0}).json()
+                assert (answer["done"], answer["done_reason"]) == (True, reason)
+            loaded = server.ask("GET /api/ps").json()["models"]
+            assert [each["name"] for each in loaded] == ["m"]
+            assert loaded[0]["expires_at"].startswith("2318")
+
+
 def test_models_are_listed_in_the_words_of_who_asks() -> None:
     with fake_server({"org/m:Q4": FakeEngine}) as server:
         assert server.ask("GET /v1/models").json()["object"] == "list"

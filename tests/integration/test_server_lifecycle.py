@@ -36,6 +36,8 @@ class Process:
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "tests.fakes.server_process", str(port), str(drain_s), fault],
             cwd=ROOT,
+            # As users have it: where streams have no buffer, nobody waits for one at the end.
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -181,6 +183,17 @@ def test_a_second_signal_ends_at_once(number: int, code: int) -> None:
         server.kill(number)
         assert server.end() == (code, ["abort"], "")
         assert client.read_end() == b""
+
+
+def test_a_second_signal_ends_it_though_nobody_reads_what_it_writes() -> None:
+    with process(fault="writes-forever") as server:
+        server.line("ready")
+        server.begin("/silent")
+        server.kill(signal.SIGTERM)
+        server.line("drain")
+        assert not threading.Event().wait(lifecycle._SAME_SIGNAL_S * 1.2)
+        server.kill(signal.SIGTERM)
+        assert server.popen.wait(PATIENCE_S) == 143
 
 
 def test_a_signal_during_the_load() -> None:

@@ -235,6 +235,24 @@ def test_a_reload_in_mid_answer_keeps_what_there_was(browser: Browser) -> None:
         expect(answers(page).locator(".note")).to_have_text("Stopped.")
 
 
+def test_leaving_the_page_keeps_what_came_last(browser: Browser) -> None:
+    with ChatServer([LONG]) as server, open_page(browser, server) as page:
+        expect(page.get_by_label("Model")).to_be_enabled()
+        # Where no time passes, nothing is kept in passing.
+        page.clock.set_fixed_time("2030-01-01T00:00:00Z")
+        server.engine.hold(9)
+        ask(page, "Count")
+        expect(answers(page).locator(".text")).to_contain_text("One")
+        kept = "JSON.parse(localStorage.getItem('llmrun.chat')).messages.map(({text}) => text)"
+        assert page.evaluate(kept) == ["Count", ""]
+        other = page.context.new_page()
+        other.goto(f"{server.url}/docs")
+        page.close(run_before_unload=True)
+        assert server.engine.cancelled.wait(WAIT_S)
+        other.wait_for_function(f"{kept}[1].startsWith('One')")
+        assert other.evaluate(kept)[0] == "Count"
+
+
 @pytest.mark.parametrize("held", ["{", "null", "[1]", '{"messages": [null, {"role": "x"}, 3]}'])
 def test_what_was_kept_may_be_anything(browser: Browser, held: str) -> None:
     with ChatServer() as server, open_page(browser, server) as page:

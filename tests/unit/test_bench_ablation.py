@@ -37,7 +37,11 @@ class Bed:
             raise EngineError("this device has no FlashAttention")
         self.opened.append(options)
         backend = FakeBackend(
-            n_ctx=options.n_ctx, n_seq_max=options.n_seq_max, next_token=endless_token, n_batch=64
+            n_ctx=options.n_ctx if options.kv_unified else options.n_ctx // options.n_seq_max,
+            n_seq_max=options.n_seq_max,
+            kv_unified=options.kv_unified,
+            next_token=endless_token,
+            n_batch=64,
         )
         self.backends.append(backend)
         return Patient(backend, checks=True)
@@ -105,6 +109,21 @@ def test_batching_is_what_its_row_measures() -> None:
     widths = [len(batch) for batch in backend.batches]
     # Warm-up and one request after the other, against all of them.
     assert widths.count(1) >= 3 * 3 and max(widths) == 3
+
+
+def test_caches_of_their_own_are_compared_with_one_for_all() -> None:
+    bed = Bed()
+    run = bed.run(stream_options=replace(STREAMS, kv_unified=False))
+    found = {ablation.setting: ablation for ablation in run.ablations}
+    own = found["a KV cache for each stream"]
+    assert own.workload == found["batching"].workload == "3 requests"
+    assert len(own.off.values) == len(own.on.values) == 2
+    opened = [options for options in bed.opened if options.n_seq_max == 3]
+    # Batching twice; then the two sides in turns.
+    assert [options.kv_unified for options in opened[2:]] == [True, False, False, True]
+    widths = [max(map(len, backend.batches)) for backend in bed.backends if backend.n_seq_max == 3]
+    assert widths == 6 * [3]
+    assert run.notes == [] and not any(backend.violations for backend in bed.backends)
 
 
 def test_what_cannot_be_measured_is_noted_and_the_rest_goes_on() -> None:

@@ -86,7 +86,13 @@ class Bed:
         self.load_s = 0.1
 
     def open(self, options: EngineOptions) -> Engine:
-        changes = {"n_ctx": options.n_ctx, "n_seq_max": options.n_seq_max, **self.changes}
+        n_parts = 1 if options.kv_unified else options.n_seq_max
+        changes = {
+            "n_ctx": options.n_ctx // n_parts,
+            "n_seq_max": options.n_seq_max,
+            "kv_unified": options.kv_unified,
+            **self.changes,
+        }
         backend = FakeBackend(**changes)
         self.backends.append(backend)
         return Patient(backend, load_s=self.load_s, checks=True)
@@ -148,6 +154,27 @@ def test_streams_run_at_once() -> None:
     bed.bench().run()
     widths = {len(batch) for batch in bed.backends[-1].batches}
     assert widths == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"n_ctx": 16, "kv_unified": True}, ["streams1", "streams2"]),
+        ({"n_ctx": 16, "kv_unified": False}, ["streams1", "streams2"]),
+        ({"n_ctx": 15, "kv_unified": True}, ["streams1"]),
+        ({"n_ctx": 14, "kv_unified": False}, []),
+    ],
+)
+def test_streams_need_their_context_together_or_each(changes, found) -> None:
+    bench = Bed().bench(stream_options=replace(STREAMS, **changes))
+    bench.run()
+    rows = {measure.name: measure for measure in bench.measures}
+    assert [name for name in rows if name.startswith("streams")] == found
+    for name in found:
+        assert rows[name].parameters["kv_unified"] is changes["kv_unified"]
+    left = [str(n) for n in (1, 2) if f"streams{n}" not in found]
+    words = f"left out for want of context: {', '.join(left)} streams"
+    assert bench.notes == ((words,) if left else ())
 
 
 def test_a_slow_load_is_not_repeated() -> None:

@@ -56,6 +56,7 @@ def test_the_report_and_the_history(cli: Cli) -> None:
     assert [o.n_seq_max for o in options] == [1, 1, 4] and {o.speculative for o in options} == {
         "off"
     }
+    assert [o.kv_unified for o in options] == [True, True, False]
     assert cli.engine.closed
 
 
@@ -94,6 +95,23 @@ def test_the_users_own_settings_are_measured(cli: Cli) -> None:
     options = cli.services.opened[0][1]
     assert (options.n_threads, options.steady_threads) == (3, False)
     assert (options.speculative, options.n_ctx) == ("auto", 900)
+
+
+@pytest.mark.parametrize(("word", "kv_unified"), [("on", True), ("off", False), ("auto", False)])
+def test_the_streams_cache_can_be_chosen(cli: Cli, word: str, kv_unified: bool) -> None:
+    run = cli("bench", cli.model(), "--quick", "--kv-unified", word, "--json")
+    single, *_, streams = (options for _, options in cli.services.opened)
+    assert (single.kv_unified, streams.kv_unified) == (True, kv_unified)
+    rows = {row["name"]: row for row in run.data["runs"][0]["measures"]}
+    assert rows["streams4"]["parameters"]["kv_unified"] is kv_unified
+
+
+def test_caches_of_their_own_are_not_measured_where_they_do_not_fit(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmrun.fit.parallel.is_as_good", lambda *_plans: False)
+    cli("bench", cli.model(), "--quick")
+    assert all(options.kv_unified for _, options in cli.services.opened)
 
 
 def test_history_and_compare(cli: Cli) -> None:
@@ -169,7 +187,7 @@ def test_what_pays(cli: Cli) -> None:
     settings = {row["setting"] for row in kept["ablations"]}
     assert settings == {
         "prefix cache", "FlashAttention", "speculation", "batching", "4 threads instead of 1",
-        "steady threads",
+        "steady threads", "a KV cache for each stream",
     }  # fmt: skip
     assert "What pays here" in cli("bench", cli.model(), "--quick", "--what-pays").out
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from llmrun.cli.serve import _as_row, _describe
 from llmrun.cli.serve_status import describe_status
 from llmrun.engine.types import EngineCounters
+from llmrun.server.opener import Opened
+from llmrun.server.types import ModelCard
 from tests.fakes.cli import Cli
+from tests.fakes.fake_engine import FakeEngine
 
 
 def test_an_address_of_the_network_needs_a_key(tmp_path: Path) -> None:
@@ -30,6 +34,7 @@ def test_an_address_of_the_network_needs_a_key(tmp_path: Path) -> None:
         ("--cors-origin", "*", "every web page"),
         ("--port", "70000", "--port"),
         ("--parallel", "0", "--parallel"),
+        ("--kv-unified", "perhaps", "one of auto, on, off"),
     ],
 )
 def test_a_bad_value_is_told_before_anything_loads(
@@ -83,3 +88,27 @@ def test_the_status_line_says_what_runs() -> None:
     line = describe_status([busy], 118.4, ["loading other 40%"])
     assert line == "2 streams · 118 tok/s · KV 1234/16384 (7 %) · 3 waiting · loading other 40%"
     assert describe_status([], 0.0, []) == "idle"
+
+
+@pytest.mark.parametrize(
+    ("n_parallel", "kv_unified", "words"),
+    [
+        (1, True, "1 request at a time, context 8K;"),
+        (4, True, "4 requests at once, context 8K each, 16K together;"),
+        (4, False, "4 requests at once, context 8K each, in caches of their own;"),
+    ],
+)
+def test_a_ready_model_says_what_each_request_can_have(
+    n_parallel: int, kv_unified: bool, words: str
+) -> None:
+    opened = Opened(
+        ModelCard("tiny", 1),
+        "chat",
+        8192,
+        lambda: None,
+        FakeEngine(n_ctx=16384 if kv_unified else 8192),
+        n_parallel=n_parallel,
+        kv_unified=kv_unified,
+    )
+    assert _describe(opened).startswith(f"tiny: {words}")
+    assert _as_row(opened)["kv_unified"] is kv_unified

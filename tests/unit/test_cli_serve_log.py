@@ -1,42 +1,67 @@
-"""A log that nobody reads keeps nobody waiting."""
+"""What nobody reads keeps nobody waiting."""
 
 from __future__ import annotations
 
+import io
 import threading
 
-from llmrun.cli.serve_log import LineWriter
+from tests.fakes.stopped_terminal import PATIENCE_S, Stopped, output_to
 
 
 def test_lines_beyond_a_bound_are_dropped_and_counted() -> None:
-    written: list[str] = []
-    first, go_on, last = threading.Event(), threading.Event(), threading.Event()
-
-    def write(line: str) -> None:
-        written.append(line)
-        first.set()
-        assert go_on.wait(30)
-        if line.startswith("c"):
-            last.set()
-
-    writer = LineWriter(write, n_max=2)
-    writer.put("a")
-    assert first.wait(30)
+    stream = Stopped()
+    output = output_to(stream, n_max=3)
+    output.begin()
+    output.detail("a")
+    stream.until_waited_for()
     for line in ("b", "c", "d", "e"):  # returns although nothing is written
-        writer.put(line)
-    go_on.set()
-    assert last.wait(30)
-    assert written == ["a", "b (2 lines left out)", "c"]
+        output.detail(line)
+    assert not output.is_idle
+    stream.is_going.set()
+    output.end(PATIENCE_S)
+    assert stream.getvalue() == "a\n(2 lines left out)\nb\nc\n"
+    assert output.is_idle and not output.is_stuck
+
+
+def test_all_kinds_of_lines_come_in_order_from_another_thread() -> None:
+    stream = io.StringIO()
+    output = output_to(stream, verbose=0)
+    threads: list[str] = []
+    output.note("before")
+    assert stream.getvalue() == "before\n"  # nothing runs yet that could be kept waiting
+    output.begin()
+    output.warn("one")
+    output.put(lambda: threads.append(threading.current_thread().name))
+    output.detail("only with -v")
+    output.note("two")
+    output.end(PATIENCE_S)
+    output.note("after")
+    assert stream.getvalue() == "before\nwarning: one\ntwo\nafter\n"
+    assert threads == ["llmrun-log"]
 
 
 def test_a_reader_that_has_gone_ends_nothing() -> None:
-    done = threading.Event()
+    stream = io.StringIO()
+    output = output_to(stream)
 
-    def write(line: str) -> None:
-        if line == "a":
-            raise BrokenPipeError
-        done.set()
+    def fail() -> None:
+        raise BrokenPipeError
 
-    writer = LineWriter(write)
-    writer.put("a")
-    writer.put("b")
-    assert done.wait(30)
+    output.begin()
+    output.put(fail)
+    output.detail("b")
+    output.end(PATIENCE_S)
+    assert stream.getvalue() == "b\n"
+
+
+def test_the_end_says_that_a_stream_is_stuck() -> None:
+    stream = Stopped()
+    output = output_to(stream)
+    output.end(PATIENCE_S)
+    assert not output.is_stuck
+    output.begin()
+    output.detail("a")
+    stream.until_waited_for()
+    output.end(0.0)
+    assert output.is_stuck
+    stream.is_going.set()

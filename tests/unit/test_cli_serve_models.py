@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import pytest
 
 from llmrun.catalog.entries import Catalog, CatalogEntry
 from llmrun.cli.acquire import resolve_model
-from llmrun.cli.serve_models import EMBED_PARALLEL, ServedModels, apply_room
+from llmrun.cli.draft import Draft, count_draft
+from llmrun.cli.serve_models import EMBED_PARALLEL, ServedModels, _embed_wishes, apply_room
 from llmrun.engine.types import Request
 from llmrun.errors import NotFoundError, UsageError, WillNotFitError
+from llmrun.fit.plan import Wishes
 from llmrun.fit.speed_log import SpeedLog
+from llmrun.gguf.info import read_info
 from llmrun.hardware.machine import Cpu, Device, Machine, Memory
 from llmrun.server.opener import RAM, Room
 from tests.fakes.cli import GB, Cli, FakeServices
 from tests.fakes.fake_engine import FakeEngine
 from tests.fakes.served import invocation_of, served
 from tests.fakes.tiny_bert import TinyBert
+from tests.unit.test_cli_gates import FailingLoads
 
 MB = 10**6
 ENTRY = CatalogEntry(
@@ -193,8 +198,8 @@ def test_a_model_is_loaded_for_several_streams(cli: Cli):
     found = opened(served(cli, path), path)
     ((paths, options),) = cli.services.opened
     assert paths == (Path(path),)
-    assert (options.n_seq_max, options.n_ctx) == (4, 4 * 8192)
-    assert (found.n_parallel, found.n_ctx) == (4, 8192)
+    assert (options.n_seq_max, options.n_ctx, options.kv_unified) == (4, 4 * 8192, False)
+    assert (found.n_parallel, found.n_ctx, found.kv_unified) == (4, 8192, False)
     assert found.engine.facts.n_layers == 2
     assert found.memory_bytes == found.uses[RAM] > found.unseen_bytes > 0
     assert "fits" in found.plan_line
@@ -211,6 +216,58 @@ def test_the_settings_reach_the_engine(cli: Cli):
     assert (options.speculative, options.n_threads, options.steady_threads) == ("off", 2, False)
     assert found.sampling.temperature == 0.25
     assert found.n_ctx == 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "kv_unified", "n_ctx"),
+    [
+        ({}, True, 32768),
+        ({"kv_unified": "off"}, False, 8192),
+        ({"kv_unified": "on", "ctx": 1000}, True, 1000),
+        ({"ctx": 1000}, False, 1000),
+        ({"ctx": 1000, "n_parallel": 1, "kv_unified": "off"}, True, 1000),
+    ],
+)
+def test_one_cache_for_all_streams_or_one_for_each(
+    cli: Cli, settings: dict[str, Any], kv_unified: bool, n_ctx: int
+):
+    path = cli.model(n_ctx_train=32768)
+    # Unasked, four streams get 8192 tokens each.
+    found = opened(served(cli, path, **settings), path)
+    options = cli.services.opened[0][1]
+    assert (options.kv_unified, found.kv_unified) == (kv_unified, kv_unified)
+    assert found.n_ctx == n_ctx
+
+
+def test_after_a_load_that_failed_streams_share_one_cache_again(cli: Cli):
+    cli.engine = FailingLoads(1)
+    path = cli.model(n_ctx_train=8192)
+    found = opened(served(cli, path), path)
+    first, second = (options for _, options in cli.services.opened)
+    assert (first.kv_unified, second.kv_unified) == (False, True)
+    assert first.n_ctx > second.n_ctx == found.n_ctx
+    assert found.kv_unified
+    notes = cli.services.environment.stderr.getvalue()
+    assert "KV cache for all streams instead of for each stream" in notes
+
+
+def test_what_has_a_cache_as_it_is_opened_is_counted_so(cli: Cli):
+    """An embedder, and the model that drafts, have one cache whatever the streams have."""
+    TinyBert().write(cli.folder / "bert.gguf")
+    bert = str(cli.folder / "bert.gguf")
+    models = served(cli, bert, kv_unified="off")
+    wishes = _embed_wishes(models._look_at(models.find("bert"), Room()), "embed")[1]
+    assert wishes.n_seq > 1 and wishes.shares_cells
+    path = cli.model(n_ctx_train=8192)
+    invocation = invocation_of(cli)
+    draft = Draft(resolve_model(invocation, path), read_info([Path(path)]))
+    machine = cli.services.machine()
+    wishes = Wishes(n_ctx=8192, n_seq=4, speculative="draft")
+    shared, apart = (
+        count_draft(invocation, machine, draft, draft.info, replace(wishes, kv_unified=kv_unified))
+        for kv_unified in (True, False)
+    )
+    assert shared.companions_bytes == apart.companions_bytes > 0
 
 
 def test_what_was_tuned_is_used(cli: Cli, monkeypatch: pytest.MonkeyPatch):

@@ -152,6 +152,8 @@ def test_cells_are_padded_and_split_between_sequences():
     assert need(llama(), n_ctx=2100).kv_bytes == 2304 * row
     assert need(llama(), n_ctx=2100, n_seq_max=4).kv_bytes == 2304 * row
     assert need(llama(), n_ctx=2100, n_seq_max=4, kv_unified=False).kv_bytes == 3072 * row
+    assert Setup(2100, n_seq_max=4, kv_unified=False).n_ctx_seq == 768
+    assert Setup(2100, n_seq_max=4).n_ctx_seq == Setup(2100, kv_unified=False).n_ctx_seq == 2100
 
 
 def test_head_sizes_and_counts_default_as_in_llama_cpp():
@@ -375,6 +377,8 @@ def test_an_unknown_architecture_is_answered_from_the_files_size():
     assert found.source == "filesize"
     assert found.weights_bytes == info.n_bytes * 21 // 20
     assert found.kv_bytes == 2 * 4 * 128 * 2 * 4096
+    split = need(info, n_ctx=4096, n_seq_max=3, kv_unified=False)
+    assert split.kv_bytes == 2 * 4 * 128 * 2 * 3 * 1536
     assert "brand-new" in found.notes[0]
 
 

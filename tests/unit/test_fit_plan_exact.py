@@ -84,6 +84,15 @@ def test_all_contexts_and_cache_types_are_asked_in_one_call():
     assert not any("not measured" in reason for reason in chosen.reasons)
 
 
+def test_a_cache_for_each_stream_is_asked_about_as_it_is():
+    wishes = Wishes(n_ctx=4096, n_seq=4, kv_unified=False)
+    allocator = FakeAllocator(BIG, ("GPU0",))
+    chosen = plan(machine(64, 24), BIG, wishes, allocator=allocator)
+    asked = [setup for setups in allocator.calls for setup in setups]
+    assert {setup.kv_unified for setup in asked} == {False}
+    assert asked[-1] == chosen.setup and not chosen.kv_unified
+
+
 def test_the_plan_follows_the_exact_figures():
     need = estimate(BIG, Setup(8192))
     target = machine((need.total_bytes + 700 * MIB) / GIB)

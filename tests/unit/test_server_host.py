@@ -365,8 +365,14 @@ def test_keep_alive_for_good():
 
 def test_unload():
     async def main(server: Server) -> None:
-        assert not await server.host.unload("a")
+        assert await server.host.unload("a")  # it is not there to begin with
         await server.get("a")
+        assert await server.host.unload("a")
+        assert server.loaded == set()
+        await server.get("a")
+        embedding = server.ask("a", "embed")
+        await embedding.has_it()
+        await embedding.end()
         assert await server.host.unload("a")
         assert server.loaded == set()
         ask = server.ask("b")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from llmrun.engine.types import Usage
 from llmrun.errors import ContextOverflowError, EngineError
 from llmrun.server import streaming
 from llmrun.server.generate import Batch
-from llmrun.server.streaming import StreamedAnswer, while_connected
+from llmrun.server.streaming import StreamedAnswer, long_json_answer, while_connected
 from llmrun.server.types import ApiError, ErrorAnswer, Finished, ReplyEvent, Started, TextPart
 
 TEXT, END = TextPart("Hi"), Finished("stop", Usage(1, 1, 0))
@@ -323,3 +323,34 @@ def test_work_for_a_client_that_goes_is_cancelled() -> None:
         assert ended == ["yes"] and len(asyncio.all_tasks()) == 1
 
     run(main)
+
+
+def test_others_go_on_while_a_long_answer_is_made_and_sent() -> None:
+    log: list[str] = []
+
+    def pieces() -> Iterator[bytes]:
+        for piece in (b"[1", b",2", b"]"):
+            log.append("encode")
+            yield piece
+
+    async def other() -> None:
+        while True:
+            log.append("other")
+            await asyncio.sleep(0)
+
+    async def main(http: Http) -> None:
+        async def note(message: Any) -> None:
+            log.append("send")
+            await http.send(message)
+
+        working = asyncio.create_task(other())
+        found = await long_json_answer(pieces())
+        await found({"type": "http"}, http.receive, note)
+        working.cancel()
+
+    http = run(main)
+    assert (http.status, http.body, http.is_ended) == (200, b"[1,2]", True)
+    headers = dict(http.sent[0]["headers"])
+    assert headers == {b"content-length": b"5", b"content-type": b"application/json"}
+    # The head goes out with the first piece.
+    assert log == [*["encode", "other"] * 3, "send", *["send", "other"] * 3, "send"]

@@ -129,14 +129,26 @@ def test_what_tokenize_refuses(body: object, param: str | None) -> None:
 def test_pieces_are_text_or_the_bytes_of_a_part_of_a_character() -> None:
     euro = "€".encode()
     plain, wanting = TokenizeRequest("", "x"), TokenizeRequest("", "x", with_pieces=True)
-    assert encode_tokenize(plain, [1, 2]) == {"tokens": [1, 2]}
-    assert encode_tokenize(wanting, [5, 6, 7], [b"a", euro[:2], euro[2:]]) == {
+    assert b"".join(encode_tokenize(plain, [1, 2])) == b'{"tokens":[1,2]}'
+    assert b"".join(encode_tokenize(plain, [])) == b'{"tokens":[]}'
+    found = b"".join(encode_tokenize(wanting, [5, 6, 7], [b"a", euro[:2], euro[2:]]))
+    assert json.loads(found) == {
         "tokens": [
             {"id": 5, "piece": "a"},
             {"id": 6, "piece": [0xE2, 0x82]},
             {"id": 7, "piece": [0xAC]},
         ]
     }
+
+
+@pytest.mark.parametrize("with_pieces", [False, True])
+def test_many_tokens_are_encoded_in_pieces(with_pieces: bool) -> None:
+    request = TokenizeRequest("", "x", with_pieces=with_pieces)
+    tokens = list(range(5001))
+    pieces = list(encode_tokenize(request, tokens, [b"a"] * len(tokens)))
+    assert len(pieces) > 3
+    found = json.loads(b"".join(pieces))["tokens"]
+    assert found == ([{"id": i, "piece": "a"} for i in tokens] if with_pieces else tokens)
 
 
 def test_detokenize() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrun.server.wire_json import quote, to_json
+from llmrun.server.wire_json import quote, to_json, to_json_pieces
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
@@ -35,3 +35,11 @@ def test_lone_surrogates_are_replaced() -> None:
 def test_numbers_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError):
         quote({"logprob": float("nan")})
+
+
+@pytest.mark.parametrize("body", [{}, {"a": 1, "b": "é"}])
+@pytest.mark.parametrize("items", [[], ["x"], [1, [2], None]])
+def test_an_array_in_pieces_is_the_array(body: dict[str, object], items: list[object]) -> None:
+    pieces = list(to_json_pieces(body, "c", map(to_json, items)))
+    assert len(pieces) == 2 + len(items)
+    assert b"".join(pieces) == to_json({**body, "c": items})

@@ -500,7 +500,9 @@ def test_the_real_client_embeds() -> None:
         if path == "/api/embed":
             request = wire_ollama.parse_embed(body)
             vectors = [[0.5, -1.0] for _ in request.inputs]
-            found = wire_ollama.encode_embed("shown", vectors, 7, total_s=0.5, load_s=0.25)
+            pieces = list(wire_ollama.encode_embed("shown", vectors, 7, total_s=0.5, load_s=0.25))
+            assert len(pieces) == 2 + len(vectors)
+            found = json.loads(b"".join(pieces))
         else:
             request = wire_ollama.parse_embedding(body)
             found = wire_ollama.encode_embedding([[0.5, -1.0] for _ in request.inputs])
