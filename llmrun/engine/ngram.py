@@ -20,18 +20,24 @@ _KEY_MASK = (1 << _ORDER * _TOKEN_BITS) - 1
 _N_CANDIDATES = 8  # earlier places that are compared, the latest first
 _MAX_MATCH = 32  # a longer agreement says no more
 _N_HELD = 512  # of the prompt's last tokens are held against what they repeat; it takes time
-_MISS_COST = 8  # of the agreement; a repeat that has less ends at a token that differs
+_MISS_COST = 8  # of the trust; a repeat that has less ends at a token that differs
+_SURE = 16  # this is much trust
 
-# Kinds of guesses by how many tokens agreed before (the first: just after an unforeseen one) …
-_CLASS_FROM = (0, 3, 5, 8, 16, 32)
-_CLASS_OF = tuple(
-    max(c for c, start in enumerate(_CLASS_FROM) if n >= start) for n in range(_MAX_MATCH + 1)
+# Kinds of guesses. That it is the same token: just behind an unforeseen one; else by how far the
+# repeat is trusted; where it differed once, in a repeat of much trust (what ended there may only
+# have been a short repeat).
+_AFTER_MISS = 0
+_TRUST_FROM = (0, 5, 8, 16, 32)
+_KIND_OF = tuple(
+    max(kind for kind, start in enumerate(_TRUST_FROM, 1) if n >= start)
+    for n in range(_MAX_MATCH + 1)
 )
-# … and for tokens that are expected to differ: replaced as before; counted on; nobody knows how.
-_REPLACED, _COUNTED, _OTHER = range(len(_CLASS_FROM), len(_CLASS_FROM) + 3)
+_DIFFERED_ONCE = len(_TRUST_FROM) + 1
+# That it differs: replaced as once before, as more than once; counted on; nobody knows how.
+_REPLACED, _REPLACED_AGAIN, _COUNTED, _OTHER = range(_DIFFERED_ONCE + 1, _DIFFERED_ONCE + 5)
 # How often a guess of the kind is taken for right before anything is known.
-_FIRST_CHANCES = (0.3, 0.4, 0.5, 0.7, 0.85, 0.93, 0.3, 0.3, 0.3)
-_FIRST_WEIGHT = 4.0
+_FIRST_CHANCES = (0.2, 0.5, 0.65, 0.8, 0.93, 0.97, 0.8, 0.3, 0.8, 0.2, 0.2)
+_FIRST_WEIGHT = 3.0
 _KEEP = 0.97  # of the old counts at each new guess: the last thirty or so decide
 
 
@@ -49,7 +55,8 @@ class CopyModel:
         self._last: dict[int, int] = {}  # three tokens -> where they last ended
         self._before: list[int] = []  # place -> where its three tokens ended the time before
         self._origins: list[int] = []  # place -> its origin, -1: it had none
-        self._replaced: dict[int, int] = {}  # token -> what came instead of it the last time
+        # token -> what came instead of it the last time, and whether it did before that
+        self._replaced: dict[int, tuple[int, bool]] = {}
         self._pending: tuple[int, int] | None = None  # the same, if the repeat goes on behind it
         self._highest = 0  # a number up to here is a token
         self._source = -1  # the token expected next is the one here; -1: none is expected
@@ -93,41 +100,57 @@ class CopyModel:
         if source < 0:
             return guesses, chances
         chance = 1.0
-        n_match = self._n_match
+        n_match, trust = self._n_match, self._trust
         for place in range(source, source + n):
             if place < n_seen:
                 token, origin = tokens[place], self._origins[place]
             else:
                 token, origin = guesses[place - n_seen], place - n_seen + source
-            former = token
+            former, twice = token, False
             if origin >= 0:
                 former = tokens[origin] if origin < n_seen else guesses[origin - n_seen]
-            guess, kind = self._guess(token, former, n_match)
+                if former != token:
+                    twice = origin >= n_seen or self._differed(tokens, origin)
+            guess, kind = self._guess(token, former, twice, n_match, trust)
             chance *= self._right[kind] / self._total[kind]
             guesses.append(guess)
             chances.append(chance)
-            n_match = min(n_match + 1, _MAX_MATCH)
+            n_match = 1
+            if trust < _MAX_MATCH:
+                trust += 1
         return guesses, chances
 
-    def _guess(self, token: int, former: int, n_match: int) -> tuple[int, int]:
+    def _guess(
+        self, token: int, former: int, differed_twice: bool, n_match: int, trust: int
+    ) -> tuple[int, int]:
         """What is expected in a repeat of `token`, and the kind of that guess. `former` is the
-        token at its origin: the same one where it was itself a copy."""
+        token at its origin: the same one where it was itself a copy. `differed_twice`: it was not,
+        and nor was that one."""
         if token in self._replaced:
-            return self._replaced[token], _REPLACED
-        if token == former:
-            return token, _CLASS_OF[n_match]
-        next_token = token + token - former
-        # Vocabularies have the ten digits in a row.
-        if abs(token - former) == 1 and 0 <= next_token <= self._highest:
-            return next_token, _COUNTED
-        return token, _OTHER
+            guess, again = self._replaced[token]
+            return guess, _REPLACED_AGAIN if again else _REPLACED
+        if token != former:
+            next_token = token + token - former
+            # Vocabularies have the ten digits in a row.
+            if abs(token - former) == 1 and 0 <= next_token <= self._highest:
+                return next_token, _COUNTED
+            return token, _OTHER if trust < _SURE or differed_twice else _DIFFERED_ONCE
+        return token, _KIND_OF[trust] if n_match else _AFTER_MISS
+
+    def _differed(self, tokens: Sequence[int], place: int) -> bool:
+        """Whether the token there came in a repeat, in the place of another."""
+        origin = self._origins[place]
+        return origin >= 0 and tokens[origin] != tokens[place]
 
     def _compare(self, tokens: Sequence[int], place: int) -> None:
         """Hold the token that came against the one expected, and go on to the next."""
         came, source = tokens[place], self._source
         token, origin = tokens[source], self._origins[source]
-        former = token if origin < 0 else tokens[origin]
-        guess, kind = self._guess(token, former, self._n_match)
+        former, twice = token, False
+        if origin >= 0:
+            former = tokens[origin]
+            twice = former != token and self._differed(tokens, origin)
+        guess, kind = self._guess(token, former, twice, self._n_match, self._trust)
         if place >= self._n_given:
             self._right[kind] = self._right[kind] * _KEEP + (guess == came)
             self._total[kind] = self._total[kind] * _KEEP + 1
@@ -136,27 +159,33 @@ class CopyModel:
             self._n_match = min(self._n_match + 1, _MAX_MATCH)
             self._trust = min(self._trust + 1, _MAX_MATCH)
             if self._pending is not None:
-                self._replaced[self._pending[0]] = self._pending[1]
+                self._note_replaced(*self._pending)
             if came == token:
                 self._replaced.pop(token, None)
             else:
-                self._replaced[token] = came
+                self._note_replaced(token, came)
             self._pending = None
         elif self._trust >= _MISS_COST:
             self._trust -= _MISS_COST
-            if kind not in (_REPLACED, _COUNTED, _OTHER):
+            if kind < _REPLACED:
                 self._n_match = 0
             self._pending = None
             if source + 1 < place and tokens[source + 1] == came:
                 self._source = source + 2  # one was left out
+                self._n_match = 1
             elif self._missed == source - 1 and tokens[source - 1] == came:
                 self._source = source  # the token before was put in
+                self._n_match = 1
             else:
                 self._pending = token, came
             self._missed = source
         else:
             self._source = -1
             self._n_match = self._trust = 0
+
+    def _note_replaced(self, token: int, came: int) -> None:
+        former = self._replaced.get(token)
+        self._replaced[token] = came, former is not None and former[0] == came
 
     def _search(self, tokens: Sequence[int], place: int) -> None:
         """Look for the earlier place that agrees longest with what ends at `place`."""

@@ -22,6 +22,7 @@ _FIRST_UNEVEN = 1.1
 _MAX_UNEVEN = 2.0
 _MANY_ROWS = 64  # from here on a step's time by the row is that of reading prompts
 _UNKNOWN_SLOPE = 0.35  # of a one-row step for each row more, before anything is known
+_PROMPT_ROWS = 32  # that many rows more, in steps, say as much of what one costs as prompts do
 _SMOOTH = 0.3
 _MAX_WEIGHT = 4.0
 _NO_WEIGHT = 0.25
@@ -43,9 +44,10 @@ class StepCosts:
     """Seconds of a step by its number of rows, from steps as they happen.
 
     What was not measured, or long ago, follows a line: a one-row step, plus for each further row
-    what a row costs in a prompt chunk. Above four rows, only multiples of four have costs of their
-    own; one factor says how much worse the numbers between them are than a line from one to the
-    next. Times are of steps: nothing ages while nothing runs.
+    what a row costs in a prompt chunk, until steps have shown what one with logits costs (twice
+    as much where the vocabulary is large and the model small). Above four rows, only
+    multiples of four have costs of their own; one factor says how much worse the numbers between
+    them are than a line from one to the next. Times are of steps: nothing ages while nothing runs.
     """
 
     def __init__(self) -> None:
@@ -119,15 +121,16 @@ class StepCosts:
     def _make_table(self) -> list[float]:
         """Straight lines between what was measured; from there on the rule, but never down."""
         points = [(1, self._one())]
+        slope = self._slope_with_logits()
         for rows in _KNOTS[1:]:
             knot = self._knots.get(rows)
-            rule = points[0][1] + self._slope() * (rows - 1)
+            rule = points[0][1] + slope * (rows - 1)
             if knot is not None and (weight := self._weight(knot)) > _NO_WEIGHT:
                 points.append((rows, (knot.seconds * weight + rule / 2) / (weight + 0.5)))
         n_last, last = points[-1]
         for rows in _KNOTS:
             if rows > n_last:
-                points.append((rows, max(last, points[0][1] + self._slope() * (rows - 1))))
+                points.append((rows, max(last, points[0][1] + slope * (rows - 1))))
         table = [0.0, points[0][1]]
         for (low, at_low), (high, at_high) in itertools.pairwise(points):
             step = (at_high - at_low) / (high - low)
@@ -158,6 +161,18 @@ class StepCosts:
         seen = max(0.0, (self._knots[rows].seconds - one) / (rows - 1))
         # The first few rows can cost more than those after them.
         return seen if rows >= 8 else min(seen, _UNKNOWN_SLOPE * one)
+
+    def _slope_with_logits(self) -> float:
+        """Seconds of one more row, by all steps measured of late beside `_slope`."""
+        one = self._one()
+        n_more = float(_PROMPT_ROWS)
+        more_s = n_more * self._slope()
+        for rows, knot in self._knots.items():
+            if rows > 1:
+                weight = self._weight(knot)
+                n_more += weight * (rows - 1)
+                more_s += weight * max(knot.seconds - one, 0.0)
+        return more_s / n_more
 
     def _weight(self, knot: _Knot) -> float:
         return float(knot.weight * 0.5 ** ((self._now_s - knot.at_s) / _HALF_LIFE_S))

@@ -176,3 +176,16 @@ def test_by_these_costs_copying_pays_as_the_aims_ask() -> None:
             n_tokens += n_right + 1
             seconds += line(measured, k + 1)
         assert n_tokens / seconds > aim / measured[1]
+
+
+def test_what_rows_with_logits_cost_is_told_by_steps_not_by_prompts() -> None:
+    """Gemma 3 270M on two cores: a row of a prompt 2.5 ms, one more row with logits 5.6."""
+    costs = StepCosts()
+    costs.learn(512, 1, 512 * 0.0025)
+    costs.learn(1, 5, 5 * 0.0167)
+    before = costs.seconds(24)
+    for n_rows in (12, 16) * 4:
+        costs.learn(n_rows, 1, 0.0167 + 0.0056 * (n_rows - 1))
+    assert before == pytest.approx(0.0167 + 0.0025 * 23, rel=0.05)
+    assert costs.seconds(24) == pytest.approx(0.0167 + 0.0056 * 23, rel=0.15)
+    assert costs.seconds(4) == pytest.approx(0.0167 + 0.0056 * 3, rel=0.15)
