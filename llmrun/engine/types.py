@@ -57,7 +57,7 @@ def count_outputs(
 class EngineOptions:
     """How a model is loaded. Names are llama.cpp's. None means: let the engine choose.
 
-    n_ctx is the size of the KV cache in tokens, of all sequences together (llama.cpp pads it to 256).
+    n_ctx is the size of the KV cache in tokens, for all sequences (llama.cpp pads it to 256).
     n_seq_max is the number of sequences that can be in the cache at once.
     kv_unified: each sequence may have all of those tokens, as long as others leave them, and
     sequences that start alike share them; what a row attends to is looked for among all. False:
