@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from llmrun.chat.tool_gbnf import GrammarWriter, SchemaRules
+from llmrun.chat.tool_gbnf import N_COPIES, SchemaRules, grammar_writer
 from llmrun.chat.tool_schema import TYPES, has_target
+from llmrun.engine.grammar import check_grammar
 from llmrun.errors import UsageError
 
 _MAX_SCHEMA_CHARS = 256 * 1024
@@ -21,7 +22,8 @@ def schema_grammar(schema_text: str) -> str:
     Types, properties, required, additionalProperties (none unless they are asked for), items and
     their number, lengths, patterns, some formats, ranges of numbers, enum, const, anyOf, oneOf (as
     anyOf), allOf and references within the schema are enforced; what else a schema can say is not.
-    Raises UsageError when the text is no JSON, no schema, or refers to what is not in it.
+    Raises UsageError when the text is no JSON, no schema, or refers to what is not in it, for a
+    pattern of too many states, and where llama.cpp could not follow the grammar.
     """
     if len(schema_text) > _MAX_SCHEMA_CHARS:
         raise UsageError(f"the JSON schema is larger than {_MAX_SCHEMA_CHARS} characters")
@@ -33,8 +35,10 @@ def schema_grammar(schema_text: str) -> str:
         raise UsageError("a JSON schema is a JSON object", hint=_HINT)
     try:
         _check(schema, schema, "the schema")
-        writer = GrammarWriter()
-        return writer.text(SchemaRules(writer, "json", schema).value(schema))
+        writer = grammar_writer()
+        grammar = writer.text(SchemaRules(writer, "json", schema).value(schema))
+        check_grammar(grammar, max_copies=N_COPIES)
+        return grammar
     except RecursionError as error:
         raise UsageError("the JSON schema is nested too deeply") from error
 

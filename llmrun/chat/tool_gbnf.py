@@ -1,27 +1,38 @@
 """JSON schemas as GBNF rules, for JSON and for Gemma 4's spelling of it.
 
-The binding's converter (`engine.grammar`) only writes JSON, refuses schemas without a `type`,
-which tools often have, and recursive ones, and does not escape quotes. Here it is used for
-patterns and formats of strings alone.
+llama.cpp follows every way through a grammar at once. So what can be told apart is told apart at
+the first character where it differs, and nothing is written in two ways (`engine.grammar` has the
+reason).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
+from llmrun.chat.automaton import automaton
+from llmrun.chat.grammar_writer import GrammarWriter, literal, plain_chars
 from llmrun.chat.number_gbnf import number_body
-from llmrun.chat.tool_schema import properties_of, resolve
-from llmrun.engine.grammar import grammar_of_schema
-from llmrun.errors import UsageError
-
-Style = Literal["json", "gemma"]
+from llmrun.chat.regex_syntax import (
+    ALL,
+    Anchor,
+    Chars,
+    PatternError,
+    Repeat,
+    text_node,
+)
+from llmrun.chat.regex_syntax import Sequence as InOrder
+from llmrun.chat.string_gbnf import Style, other_key_body, string_body, texts_body
+from llmrun.chat.tool_schema import properties_of, resolve, types_of
 
 _MAX_DEPTH = 32
 # Beyond, a length is not enforced: llama.cpp writes repetitions out, one rule for each.
 _MAX_REPETITION = 1000
+# For `check_grammar`: how often something comes is told by the commas, or by the characters.
+N_COPIES = 4
+# Longer bodies become rules, so that what is used often is written once.
+_SHORT = 60
 
 _COMMON = {
     "space": '" "',
@@ -38,7 +49,6 @@ _COMMON = {
     "json-member": 'json-string ":" space json-value',
     "json-object": '"{" (json-member ("," space json-member)*)? "}"',
     "json-array": '"[" (json-value ("," space json-value)*)? "]"',
-    "gemma-string": r'"<|\"|>" gemma-text "<|\"|>"',
     "gemma-value": 'gemma-object | gemma-array | gemma-string | number | boolean | "null"',
     "gemma-member": '[a-zA-Z_] [a-zA-Z0-9_]* ":" gemma-value',
     "gemma-object": '"{" (gemma-member ("," gemma-member)*)? "}"',
@@ -46,98 +56,110 @@ _COMMON = {
 }
 GEMMA_QUOTE = '<|"|>'
 
-_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|[a-zA-Z][a-zA-Z0-9-]*')
+
+def grammar_writer() -> GrammarWriter:
+    """An empty grammar, with the rules that all schemas use."""
+    return GrammarWriter(_COMMON)
 
 
-class GrammarWriter:
-    """Collects the rules of one grammar."""
+def text_until(writer: GrammarWriter, end: str) -> str:
+    """The name of a rule for any text up to the first `end`, and that; `end` is told by what it is
+    without white space around it."""
 
-    def __init__(self) -> None:
-        self._rules: dict[str, str] = {}
-        self._texts: dict[str, str] = {}
+    def make() -> str:
+        stop = end.strip()
+        n_behind = len(end) - len(end.rstrip()) if stop else 0
+        last = InOrder((text_node(end), Anchor(is_start=False)))
+        earlier = InOrder((text_node(stop), Repeat(Chars(ALL), n_behind + 1, None)))
+        found = automaton([last], [earlier])
+        assert found is not None
+        return writer.add(writer.add_automaton(found, plain_chars, ""))
 
-    def text(self, root: str) -> str:
-        """The grammar whose rule `root` is this."""
-        rules = {"root": root, **_COMMON, **self._rules}
-        used = _reachable(rules)
-        return "".join(f"{name} ::= {body}\n" for name, body in rules.items() if name in used)
-
-    def add(self, body: str) -> str:
-        """A rule under a name of its own; the name."""
-        name = f"r{len(self._rules)}"
-        self._rules[name] = body
-        return name
-
-    def set(self, name: str, body: str) -> None:
-        """Give the rule `name` this body."""
-        self._rules[name] = body
-
-    def text_without(self, stop: str) -> str:
-        """The name of a rule for any text that does not hold `stop`.
-
-        It is an automaton, with a rule for how much of `stop` was seen last.
-        """
-        if stop not in self._texts:
-            states = [self.add("") for _ in stop]
-            for i, state in enumerate(states):
-                seen = {char: _overlap(stop[:i] + char, stop) for char in dict.fromkeys(stop)}
-                ways = [
-                    f"{_class([char])} {states[n]}" for char, n in seen.items() if 0 < n < len(stop)
-                ]
-                # All other characters start anew, but for the one that would complete `stop`.
-                others = [char for char, n in seen.items() if n]
-                ways.append(f"{_class(others, negated=True)} {states[0]}")
-                self.set(state, f"({' | '.join(ways)})?")
-            self._texts[stop] = states[0]
-        return self._texts[stop]
+    return writer.once(("until", end), make)
 
 
 class SchemaRules:
-    """Writes the rules of one schema. `root` is what its `$ref` point into."""
+    """Writes the rules of one schema. `root` is what its `$ref` point into.
 
-    def __init__(self, writer: GrammarWriter, style: Style, root: Mapping[str, object]) -> None:
+    With `is_lenient`, a pattern that cannot be kept is left out; without, it raises PatternError.
+    """
+
+    def __init__(
+        self,
+        writer: GrammarWriter,
+        style: Style,
+        root: Mapping[str, object],
+        *,
+        is_lenient: bool = False,
+    ) -> None:
         self._writer = writer
         self._style = style
         self._root = root
+        self._is_lenient = is_lenient
         # By identity, with the schema itself, so that no other one takes its place.
         self._known: dict[int, tuple[Mapping[str, object], str]] = {}
         if style == "gemma":
-            writer.set("gemma-text", writer.text_without(GEMMA_QUOTE))
+            quote = literal(GEMMA_QUOTE)
+            writer.set("gemma-string", f"{quote} {text_until(writer, GEMMA_QUOTE)}")
         self._comma = '"," space' if style == "json" else '","'
 
     def value(self, schema: object, depth: int = 0) -> str:
         """A name or a bracketed body for values of `schema`. Anything, where it says nothing."""
         if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
             return self._any
-        if _COMPOSED.isdisjoint(schema):
-            return self._body(schema, depth)
         # Each is written once, however often and from wherever it is used, and within itself.
         known = self._known.get(id(schema))
-        if known is None:
-            known = self._known[id(schema)] = schema, self._writer.add(self._any)
+        if known is not None:
+            return known[1]
+        if _COMPOSED.isdisjoint(schema):
             body = self._body(schema, depth)
-            # A rule that is only itself would never end.
-            self._writer.set(known[1], self._any if body == known[1] else body)
-        return known[1]
+            name = body if len(body) < _SHORT else self._writer.add(body)
+        else:
+            name = self._writer.reserve()
+            self._known[id(schema)] = schema, name
+            body = self._body(schema, depth)
+            if body == name:
+                # A rule that is only itself would never end.
+                body = self._any
+            name = self._writer.settle(name, body)
+        self._known[id(schema)] = schema, name
+        return name
 
     def _body(self, schema: Mapping[str, object], depth: int) -> str:
+        # What is united again and again can grow without the schema growing.
+        self._writer.spend(_SHORT)
         if "$ref" in schema:
             return self.value(resolve(schema["$ref"], self._root), depth + 1)
         if "const" in schema:
             return literal(self.spell(schema["const"]))
         values = schema.get("enum")
         if _is_list(values):
-            return _either(literal(self.spell(value)) for value in values)
+            return texts_body(self._writer, map(self.spell, values))
         for key in ("anyOf", "oneOf"):
             choices = schema.get(key)
             if _is_list(choices):
                 rest = {name: value for name, value in schema.items() if name != key}
-                return _either(self._choice(rest, choice, depth + 1) for choice in choices)
+                return self._union([(rest, choice) for choice in choices], depth + 1)
         parts = schema.get("allOf")
         if _is_list(parts):
             rest = {name: value for name, value in schema.items() if name != "allOf"}
             return self.value(merge([rest, *map(self._resolved, parts)]), depth + 1)
         return _either(self._typed(schema, kind, depth) for kind in _types(schema))
+
+    def _union(self, choices: Sequence[tuple[Mapping[str, object], object]], depth: int) -> str:
+        """Any of these schemas. Where one of them takes all of its type, the others of that type
+        say nothing more, and would be further ways through the same text."""
+        bodies: dict[str, frozenset[str]] = {}
+        for rest, choice in choices:
+            types = types_of(merge([rest, choice]) if rest else choice, self._root)
+            bodies.setdefault(self._choice(rest, choice, depth), types)
+        if self._any in bodies:
+            return self._any
+        for kind in ("object", "array", "string"):
+            if f"{self._style}-{kind}" in bodies:
+                every = f"{self._style}-{kind}"
+                bodies = {b: t for b, t in bodies.items() if b == every or t != {kind}}
+        return _either(bodies)
 
     def _choice(self, rest: Mapping[str, object], choice: object, depth: int) -> str:
         """One of several schemas, which adds to what is said beside them."""
@@ -182,6 +204,9 @@ class SchemaRules:
     def write_object(self, schema: Mapping[str, object], depth: int = 0) -> str:
         """An object: its properties in order, those that are not required or left out."""
         properties = properties_of(schema)
+        further = schema.get("additionalProperties", "properties" not in schema)
+        if not properties and further is True:
+            return f"{self._style}-object"
         required = schema.get("required")
         needed = set(map(str, required)) if _is_list(required) else set()
         keys = list(properties)
@@ -190,21 +215,25 @@ class SchemaRules:
         members = [
             (self._key(key) + self.value(properties[key], depth + 1), key in needed) for key in keys
         ]
-        further = schema.get("additionalProperties", "properties" not in schema)
         extra = ""
         if isinstance(further, Mapping) or further is True:
-            key = "json-string" if self._style == "json" else "[a-zA-Z_] [a-zA-Z0-9_]*"
+            key = self._other_key(keys)
             colon = '":" space' if self._style == "json" else '":"'
             extra = f"{key} {colon} {self.value(further, depth + 1)}"
-        return self._writer.add(f'"{{" {self._members(members, extra)} "}}"')
+        inner = write_members(self._writer, members, self._comma, '"}"', extra=extra)
+        return self._writer.add(f'"{{" {inner}')
+
+    def _other_key(self, names: Sequence[str]) -> str:
+        """The key of a member beside the named ones."""
+        body = other_key_body(self._writer, self._style, names) if names else None
+        if body is not None:
+            return self._writer.add(body)
+        return "json-string" if self._style == "json" else "[a-zA-Z_] [a-zA-Z0-9_]*"
 
     def _key(self, key: str) -> str:
         if self._style == "json":
             return f"{literal(json.dumps(key, ensure_ascii=False) + ':')} space "
         return f"{literal(key + ':')} "
-
-    def _members(self, members: Sequence[tuple[str, bool]], extra: str) -> str:
-        return write_members(self._writer, members, self._comma, extra)
 
     def _array(self, schema: Mapping[str, object], depth: int) -> str:
         # What older drafts call `items` when each place has a schema of its own.
@@ -214,6 +243,8 @@ class SchemaRules:
             return self._writer.add(f'"[" {inner} "]"')
         item = self.value(schema.get("items"), depth + 1)
         low, high = _bounds(schema, "minItems", "maxItems")
+        if item == self._any and not low and high is None:
+            return f"{self._style}-array"
         if high == 0:
             return '"[]"'
         most = None if high is None else high - 1
@@ -228,53 +259,60 @@ class SchemaRules:
                 return "gemma-string"
             quote = literal(GEMMA_QUOTE)
             return self._writer.add(f"{quote} [^<]{times} {quote}")
-        if "pattern" in schema or "format" in schema:
-            name = self._converted_string(schema)
-            if name is not None:
-                return name
+        low, high = _bounds(schema, "minLength", "maxLength")
+        try:
+            body = string_body(self._writer, schema.get("pattern"), schema.get("format"), low, high)
+        except PatternError:
+            if not self._is_lenient:
+                raise
+            body = None
+        if body is not None:
+            return body
         if times is None:
             return "json-string"
         return self._writer.add(rf'"\"" json-char{times} "\""')
 
-    def _converted_string(self, schema: Mapping[str, object]) -> str | None:
-        """The binding's rules for a pattern or a format; None where it has none."""
-        kept = {key: schema[key] for key in ("pattern", "format") if key in schema}
-        try:
-            text = grammar_of_schema(json.dumps({"type": "string", **kept}))
-        except UsageError:
-            return None
-        rules = dict(line.split(" ::= ", 1) for line in text.splitlines() if " ::= " in line)
-        names = {name: self._writer.add("") for name in rules}
-
-        def rename(match: re.Match[str]) -> str:
-            return names.get(match.group(), match.group())
-
-        for name, body in rules.items():
-            # Its own white space behind a value is none of ours.
-            body = '""' if name == "space" else _TOKEN.sub(rename, body)
-            self._writer.set(names[name], body)
-        return names.get("root")
-
 
 def write_members(
-    writer: GrammarWriter, members: Sequence[tuple[str, bool]], comma: str, extra: str = ""
+    writer: GrammarWriter,
+    members: Sequence[tuple[str, bool]],
+    comma: str,
+    end: str,
+    *,
+    extra: str = "",
+    lead: str = "",
 ) -> str:
-    """The body of a list of members with commas between them: each body, and whether it must be
-    there. `extra`: one more that may come any number of times."""
+    """The body of a list of members with commas between them, and of its `end`: each member's body,
+    and whether it must be there. `extra`: one more that may come any number of times; `lead`: what
+    is before the first.
+
+    What may follow a comma is one rule that shares the comma, and the end is an alternative to it:
+    however many members may come next, there are two ways on behind a member, and no more.
+    """
     names = [writer.add(body) for body, _ in members]
-    # `rest` is what may follow once there is something, `start` what may come first.
-    rest = f"({comma} {extra})*" if extra else ""
-    start = f"({extra} {rest})?" if extra else ""
+    after, is_any_needed = "", False
+    if extra:
+        after = writer.once(
+            ("extra", extra, comma, end), lambda: _repeated(writer, extra, comma, end)
+        )
     for name, (_, is_needed) in reversed(list(zip(names, members, strict=True))):
-        follows = writer.add(rest) if rest else ""
-        begun = f"{name} {follows}".strip()
-        if is_needed:
-            start, rest = begun, f"{comma} {begun}"
+        if not after:
+            begun = f"{name} {end}"
+        elif is_any_needed:
+            begun = f"{name} {comma} {after}"
         else:
-            start = f"{begun} | {writer.add(start)}" if start else begun
-            start = f"({start})" if start != begun else f"({begun})?"
-            rest = f"({comma} {name})? {follows}".strip()
-    return start
+            begun = f"{name} ({comma} {after} | {end})"
+        after = writer.add(f"{begun} | {after}" if after and not is_needed else begun)
+        is_any_needed |= is_needed
+    if not after:
+        return end
+    return f"{lead} {after}".strip() if is_any_needed else f"({lead} {after} | {end})"
+
+
+def _repeated(writer: GrammarWriter, item: str, comma: str, end: str) -> str:
+    name = writer.reserve()
+    writer.set(name, f"{item} ({comma} {name} | {end})")
+    return name
 
 
 def length_range(schema: object) -> str | None:
@@ -302,32 +340,6 @@ def merge(schemas: Sequence[object]) -> dict[str, object]:
     if required:
         merged["required"] = required
     return merged
-
-
-def literal(text: str) -> str:
-    """The GBNF of this very text; nothing for none."""
-    return f'"{"".join(map(_escaped, text))}"' if text else ""
-
-
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return "\\" + char
-    if char in _NAMED_ESCAPES:
-        return _NAMED_ESCAPES[char]
-    return char if char >= " " and char != "\x7f" else f"\\x{ord(char):02X}"
-
-
-_NAMED_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def _class(chars: Sequence[str], *, negated: bool = False) -> str:
-    inner = "".join(f"\\{c}" if c in '\\]["' else _escaped(c) for c in chars)
-    return f"[{'^' if negated else ''}{inner}]"
-
-
-def _overlap(seen: str, stop: str) -> int:
-    """How much of `stop` the end of `seen` is."""
-    return next(n for n in range(min(len(seen), len(stop)), -1, -1) if seen.endswith(stop[:n]))
 
 
 def _either(bodies: Iterable[str]) -> str:
@@ -373,14 +385,3 @@ def _times(low: int, high: int | None) -> str:
     if high is None:
         return f"{{{low},}}" if low > 0 else "*"
     return f"{{{max(low, 0)},{high}}}"
-
-
-def _reachable(rules: Mapping[str, str]) -> set[str]:
-    """The names of the rules that `root` needs."""
-    used, waiting = {"root"}, ["root"]
-    while waiting:
-        for name in _TOKEN.findall(rules[waiting.pop()]):
-            if name in rules and name not in used:
-                used.add(name)
-                waiting.append(name)
-    return used

@@ -7,18 +7,21 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from llmrun.chat.grammar_writer import GrammarWriter, literal
+from llmrun.chat.string_gbnf import Style, texts_body
 from llmrun.chat.tool_formats import HARMONY, ToolFormat, ToolSpec
 from llmrun.chat.tool_gbnf import (
-    GrammarWriter,
+    N_COPIES,
     SchemaRules,
-    Style,
+    grammar_writer,
     length_range,
-    literal,
     merge,
+    text_until,
     write_members,
 )
 from llmrun.chat.tool_prompt import plain_messages, tool_prompt, with_calls_as_text
 from llmrun.chat.tool_schema import properties_of, types_of
+from llmrun.engine.grammar import check_grammar
 from llmrun.errors import UsageError
 
 __all__ = ["plain_messages", "tool_grammar", "tool_prompt", "with_calls_as_text"]
@@ -33,15 +36,17 @@ def tool_grammar(
 
     It holds from the answer's first character, so the prompt must not end within thinking. Values
     between tags or Gemma's quotes are any text that cannot be taken for the end. Raises UsageError
-    when there is no such tool.
+    when there is no such tool, and where llama.cpp could not follow the grammar.
     """
     chosen = [tool for tool in tools if name is None or tool.name == name]
     if not chosen:
         raise UsageError(f"there is no tool {name}" if name else "there are no tools to call")
-    writer = GrammarWriter()
+    writer = grammar_writer()
     write = _WRITERS[fmt.syntax]
     call = writer.add(" | ".join(writer.add(write(fmt, tool, writer)) for tool in chosen))
-    return writer.text(_root(fmt, call, parallel=parallel and not fmt.takes_one))
+    grammar = writer.text(_root(fmt, call, parallel=parallel and not fmt.takes_one))
+    check_grammar(grammar, max_copies=N_COPIES)
+    return grammar
 
 
 def _root(fmt: ToolFormat, call: str, *, parallel: bool) -> str:
@@ -69,9 +74,9 @@ def _write_named(fmt: ToolFormat, tool: ToolSpec, writer: GrammarWriter) -> str:
 
 def _write_xml(fmt: ToolFormat, tool: ToolSpec, writer: GrammarWriter) -> str:
     schema = tool.parameters
-    rules = SchemaRules(writer, "json", schema)
+    rules = SchemaRules(writer, "json", schema, is_lenient=True)
     needed = _required(schema)
-    parts = []
+    members = []
     for key, value in properties_of(schema).items():
         if _UNREADABLE_KEY.search(key):
             continue
@@ -80,43 +85,49 @@ def _write_xml(fmt: ToolFormat, tool: ToolSpec, writer: GrammarWriter) -> str:
         key_end = fmt.key_end
         if fmt.says_type:
             key_end = f'" string="{"true" if is_text else "false"}">'
-        start = literal(fmt.argument_start + key + key_end)
-        body = _text_value(value, fmt, writer) if is_text else rules.value(value)
-        argument = writer.add(f"{start} {body} {literal(fmt.argument_end)}")
-        parts.append(argument if key in needed else f"{argument}?")
+        start = literal(key + key_end)
+        if is_text:
+            body = _text_value(value, fmt, writer)
+        else:
+            body = f"{rules.value(value)} {literal(fmt.argument_end)}"
+        members.append((f"{start} {body}", key in needed))
+    begin = literal(fmt.argument_start)
     start = literal(fmt.call_start + tool.name + fmt.name_end)
-    return " ".join([start, *parts, literal(fmt.call_end)])
+    return f"{start} {write_members(writer, members, begin, literal(fmt.call_end), lead=begin)}"
 
 
 def _text_value(schema: object, fmt: ToolFormat, writer: GrammarWriter) -> str:
-    """A value that stands as it is: one of the strings that the schema lists, or any text."""
+    """A value that stands as it is, and what ends it: one of the strings that the schema lists, or
+    any text."""
     listed: object = None
     if isinstance(schema, Mapping):
         listed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(listed, list | tuple) and listed:
         texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in listed]
-        return f"({' | '.join(map(literal, texts))})"
-    end = fmt.argument_end.strip()
+        return f"{texts_body(writer, texts)} {literal(fmt.argument_end)}"
     times = length_range(schema)
-    return f"[^{end[0]}]{times}" if times is not None else writer.text_without(end)
+    if times is not None:
+        return f"[^{fmt.argument_end.strip()[0]}]{times} {literal(fmt.argument_end)}"
+    return text_until(writer, fmt.argument_end)
 
 
 def _write_pythonic(fmt: ToolFormat, tool: ToolSpec, writer: GrammarWriter) -> str:
     del fmt
-    rules = SchemaRules(writer, "json", tool.parameters)
+    rules = SchemaRules(writer, "json", tool.parameters, is_lenient=True)
     needed = _required(tool.parameters)
     members = [
         (f"{literal(key + '=')} {rules.value(value)}", key in needed)
         for key, value in properties_of(tool.parameters).items()
         if key.isidentifier()
     ]
-    return f'{literal(tool.name + "(")} {write_members(writer, members, literal(", "))} ")"'
+    inner = write_members(writer, members, literal(", "), '")"')
+    return f"{literal(tool.name + '(')} {inner}"
 
 
 def _arguments(tool: ToolSpec, style: Style, writer: GrammarWriter) -> str:
     """All arguments as one object. A tool of which no parameters are told has none."""
     schema = merge([tool.parameters or {"properties": {}}])
-    return SchemaRules(writer, style, schema).write_object(schema)
+    return SchemaRules(writer, style, schema, is_lenient=True).write_object(schema)
 
 
 def _required(schema: Mapping[str, object]) -> frozenset[str]:

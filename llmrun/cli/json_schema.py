@@ -8,9 +8,8 @@ from typing import Any
 
 _BEYOND_A_GRAMMAR = frozenset(
     {
-        "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "uniqueItems",
-        "contains", "not", "if", "minProperties", "maxProperties", "patternProperties",
-        "propertyNames", "dependentRequired", "dependentSchemas",
+        "multipleOf", "uniqueItems", "contains", "not", "if", "minProperties", "maxProperties",
+        "patternProperties", "propertyNames", "dependentRequired", "dependentSchemas",
     }
 )  # fmt: skip
 _SCHEMAS_BY_NAME = ("properties", "$defs", "definitions")

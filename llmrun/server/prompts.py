@@ -28,6 +28,7 @@ from llmrun.chat.tool_formats import (
 )
 from llmrun.chat.tool_grammar import tool_grammar
 from llmrun.chat.tool_prompt import plain_messages, tool_prompt, with_calls_as_text
+from llmrun.engine.grammar import check_grammar
 from llmrun.engine.types import EngineLike, Request, SamplingParams
 from llmrun.errors import ContextOverflowError, UsageError
 from llmrun.server.replies import ReplyReader
@@ -291,6 +292,8 @@ def merge_sampling(defaults: SamplingParams, wishes: SamplingWishes) -> Sampling
 def _output_grammar(generation: Generation) -> str | None:
     if generation.json_schema is not None:
         return schema_grammar(generation.json_schema)
+    if generation.grammar is not None:
+        check_grammar(generation.grammar)
     return generation.grammar
 
 

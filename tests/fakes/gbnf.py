@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -64,6 +65,43 @@ def sentence(rules: dict[str, Node], seed: int, max_depth: int = 60) -> str:
     return write(rules["root"], 0)
 
 
+def matches(rules: dict[str, Node], text: str) -> bool:
+    """Whether `text` is a sentence of rule `root`."""
+    known: dict[tuple[str, int], frozenset[int]] = {}
+
+    def rule(name: str, at: int) -> frozenset[int]:
+        if (name, at) not in known:
+            known[name, at] = frozenset(ends(rules[name], at))
+        return known[name, at]
+
+    def ends(node: Node, at: int) -> set[int]:
+        """Where what begins at `at` may end."""
+        if node.kind == "literal":
+            return {at + len(node.text)} if text.startswith(node.text, at) else set()
+        if node.kind == "chars":
+            return {at + 1} if _class(node.text).fullmatch(text[at : at + 1]) else set()
+        if node.kind == "name":
+            return set(rule(node.text, at))
+        if node.kind == "or":
+            return set().union(*(ends(part, at) for part in node.parts))
+        if node.kind == "seq":
+            places = {at}
+            for part in node.parts:
+                places = set().union(*(ends(part, place) for place in places))
+            return places
+        found, places, n = ({at} if not node.low else set()), {at}, 0
+        while places and (node.high is None or n < node.high):
+            n += 1
+            places = set().union(*(ends(node.parts[0], place) for place in places))
+            if n >= node.low:
+                if places <= found:
+                    break
+                found |= places
+        return found
+
+    return len(text) in rule("root", 0)
+
+
 def _tokens(body: str) -> list[tuple[str, str]]:
     tokens, at = [], 0
     while at < len(body.rstrip()):
@@ -109,27 +147,36 @@ def _times(part: Node, text: str) -> Node:
 def _unescape(text: str) -> str:
     def one(match: re.Match[str]) -> str:
         body = match.group()[1:]
-        return chr(int(body[1:], 16)) if body[0] == "x" else _ESCAPES.get(body, body)
+        return chr(int(body[1:], 16)) if len(body) > 1 else _ESCAPES.get(body, body)
 
-    return re.sub(r"\\(x[0-9A-Fa-f]{2}|.)", one, text)
+    return re.sub(r"\\(x[0-9A-Fa-f]{2}|U[0-9A-Fa-f]{8}|.)", one, text)
 
 
 def _one_of(chars: str, rng: random.Random) -> str:
-    inner = chars[1:-1]
-    negated = inner.startswith("^")
-    spelled = re.sub(r"\\(?:x([0-9A-Fa-f]{2})|([nrt])|(.))", _as_python, inner.lstrip("^"))
-    pattern = re.compile(f"[{'^' if negated else ''}{spelled}]")
+    pattern = _class(chars)
     fitting = [char for char in _POOL if pattern.fullmatch(char)]
     if not fitting:
         # Its own, where all of them are rare ones.
-        usual = [chr(code) for code in range(32, 127)]
-        fitting = [char for char in [*usual, *inner] if pattern.fullmatch(char)]
+        usual = [chr(code) for code in range(127)]
+        fitting = [char for char in [*usual, *_unescape(chars[1:-1])] if pattern.fullmatch(char)]
     return rng.choice(fitting)
 
 
+@functools.cache
+def _class(chars: str) -> re.Pattern[str]:
+    inner = chars[1:-1]
+    negated = inner.startswith("^")
+    spelled = re.sub(
+        r"\\(?:x([0-9A-Fa-f]{2})|(U[0-9A-Fa-f]{8})|([nrt])|(.))", _as_python, inner.lstrip("^")
+    )
+    return re.compile(f"[{'^' if negated else ''}{spelled}]")
+
+
 def _as_python(match: re.Match[str]) -> str:
-    code, named, other = match.groups()
-    return f"\\x{code}" if code else f"\\{named}" if named else re.escape(other)
+    code, wide, named, other = match.groups()
+    if code:
+        return f"\\x{code}"
+    return f"\\{wide or named}" if wide or named else re.escape(other)
 
 
 def _names(node: Node) -> set[str]:

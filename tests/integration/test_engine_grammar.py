@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from llmrun.engine.grammar import grammar_of_schema
+from llmrun.chat.schema_grammar import schema_grammar
 from llmrun.engine.loop import Engine
 from llmrun.engine.types import EngineOptions, Request, SamplingParams, TextEvent
+from tests.fakes.grammar_drive import drive
 from tests.fakes.models import smollm2_path
 
 
@@ -29,7 +30,7 @@ def _answer(engine: Engine, schema: dict[str, object], seed: int, bias: float) -
     sampling = SamplingParams(
         temperature=1.2,
         seed=seed,
-        grammar=grammar_of_schema(json.dumps(schema)),
+        grammar=schema_grammar(json.dumps(schema)),
         logit_bias=tuple((token, bias) for token in sorted(set(breaks))),
     )
     request = Request(tuple(prompt), sampling, max_tokens=900)
@@ -54,7 +55,31 @@ def test_a_string_never_holds_what_breaks_it(engine, string, seed, bias):
     assert isinstance(json.loads(text)["poem"], str), text
 
 
-def test_literals_and_plain_classes_stay_as_they_are():
-    grammar = grammar_of_schema('{"enum": ["[^a]", "b"]}')
-    assert '"\\"[^a]\\""' in grammar
-    assert r"[0-9]" in grammar_of_schema('{"type": "integer"}')
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("^(a?){500}$", "a" * 400),
+        (r"^(\w+\s?)*$", "a" * 200),
+        ("^((a|b)*c?)*$", "ab" * 100 + "c"),
+        ("^(a*)*$", "a" * 200),
+        ("(.*a){12}", "a" * 200),
+        ("^" + "a?" * 70, "a" * 70),
+    ],
+)
+def test_under_an_ambiguous_pattern_llama_cpp_comes_to_an_end(pattern, text):
+    grammar = schema_grammar(json.dumps({"type": "array", "items": {"pattern": pattern}}))
+    assert drive(smollm2_path(), grammar, f'["{text}", "{text}') == "done"
+
+
+def test_the_widest_schemas_that_are_taken_come_to_an_end():
+    text = {"type": "string"}
+    names = [f"key_{i}" for i in range(300)]
+    optional = {"properties": dict.fromkeys(names, text)}
+    choices = [{"properties": {"kind": {"const": n}}, "required": ["kind"]} for n in names]
+    assert (
+        drive(smollm2_path(), schema_grammar(json.dumps(optional)), '{"key_1": "x", "k') == "done"
+    )
+    united = schema_grammar(json.dumps({"anyOf": choices}))
+    assert drive(smollm2_path(), united, '{"kind": "key_17"}') == "done"
+    listed = schema_grammar(json.dumps({"enum": [f"a common beginning {i}" for i in range(5000)]}))
+    assert drive(smollm2_path(), listed, '"a common beginning 4') == "done"

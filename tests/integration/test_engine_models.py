@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llmrun.engine.grammar import grammar_of_schema
+from llmrun.chat.schema_grammar import schema_grammar
 from llmrun.engine.loop import Engine
 from llmrun.engine.types import (
     EngineOptions,
@@ -288,7 +288,7 @@ SCHEMAS = [
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_under_a_schema_the_answer_always_parses(smol: Engine, schema: dict[str, object]) -> None:
-    grammar = grammar_of_schema(json.dumps(schema))
+    grammar = schema_grammar(json.dumps(schema))
     prompt = tokens_of(smol, "A fox as JSON:\n")
     for seed in range(4):
         params = SamplingParams(temperature=1.0, seed=seed, grammar=grammar)
@@ -300,9 +300,7 @@ def test_under_a_schema_the_answer_always_parses(smol: Engine, schema: dict[str,
 
 
 def test_under_a_schema_with_a_large_vocabulary(gemma: Engine) -> None:
-    params = SamplingParams(
-        temperature=1.0, seed=1, grammar=grammar_of_schema('{"type":"integer"}')
-    )
+    params = SamplingParams(temperature=1.0, seed=1, grammar=schema_grammar('{"type":"integer"}'))
     outcome = generate(gemma, tokens_of(gemma, "The number is"), 30, params)
     assert isinstance(json.loads(outcome.text), int)
 
@@ -362,7 +360,7 @@ def test_a_finished_grammar_with_ignored_ends_says_no_more(smol: Engine) -> None
 )
 def test_a_bad_schema_is_a_usage_error(schema: str) -> None:
     with pytest.raises(UsageError):
-        grammar_of_schema(schema)
+        schema_grammar(schema)
 
 
 # ---- cancel

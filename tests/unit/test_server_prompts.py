@@ -201,6 +201,10 @@ def test_a_schema_leaves_no_room_for_thinking() -> None:
             made.prepare_chat(chat(generation=Generation(json_schema='{"type": "x"}')))
         plain = made.prepare_chat(chat(generation=Generation(grammar='root ::= "a"')))
         assert plain[0].request.sampling.grammar == 'root ::= "a"'
+        # 2^n ways after n brackets, all in one call of the library.
+        ambiguous = 'root ::= a\na ::= "[" a "]" | "[" a "]" "!" | "0"'
+        with pytest.raises(UsageError, match="ambiguous"):
+            made.prepare_chat(chat(generation=Generation(grammar=ambiguous)))
 
 
 # ---- tools

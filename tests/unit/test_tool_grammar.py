@@ -25,6 +25,7 @@ from llmrun.chat.tool_formats import (
     ToolFormat,
     ToolSpec,
 )
+from llmrun.chat.tool_gbnf import grammar_writer, text_until
 from llmrun.chat.tool_grammar import (
     plain_messages,
     tool_grammar,
@@ -32,7 +33,7 @@ from llmrun.chat.tool_grammar import (
     with_calls_as_text,
 )
 from llmrun.errors import UsageError
-from tests.fakes.gbnf import parse, sentence
+from tests.fakes.gbnf import matches, parse, sentence
 
 WEATHER = ToolSpec(
     "get_weather",
@@ -302,28 +303,21 @@ def test_patterns_and_formats_of_strings_are_kept():
 
 
 @settings(deadline=None)
-@given(text=st.text(st.sampled_from("ab<")), stop=st.sampled_from(["ab", "aab", "<a<b", "aa"]))
-@example("aab", "ab")
-def test_text_without_a_stop_is_any_text_without_it(text, stop):
-    from llmrun.chat.tool_gbnf import GrammarWriter
-
-    writer = GrammarWriter()
-    rules = parse(writer.text(writer.text_without(stop)))
-    state = rules["root"].parts[0].text
-    for char in text:  # each state: (one way for a character | …)?
-        ways = rules[state].parts[0].parts[0]
-        ways = ways.parts if ways.kind == "or" else (ways,)
-        nexts = [way.parts[1].text for way in ways if _takes(way.parts[0].text, char)]
-        if not nexts:
-            assert stop in text
-            return
-        (state,) = nexts
-    assert stop not in text
-
-
-def _takes(chars: str, char: str) -> bool:
-    inner = chars[1:-1].replace("\\", "")
-    return (char not in inner[1:]) if inner.startswith("^") else char in inner
+@given(
+    text=st.text(st.sampled_from("ab<\n")),
+    stop=st.sampled_from(["ab", "aab", "<a<b", "aa"]),
+    before=st.sampled_from(["", "\n"]),
+    behind=st.sampled_from(["", "\n"]),
+)
+@example("aab", "ab", "", "")
+@example("a", "aa", "", "")
+def test_text_ends_at_the_first_end(text, stop, before, behind):
+    writer = grammar_writer()
+    end = before + stop + behind
+    rules = parse(writer.text(text_until(writer, end)))
+    whole = text + end
+    assert matches(rules, whole) == (whole.index(stop) == len(text + before))
+    assert not matches(rules, text) or (text.endswith(end) and text.count(stop) == 1)
 
 
 def test_the_prompt_shows_the_tools_and_a_form_that_is_read():
