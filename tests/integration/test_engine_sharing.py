@@ -177,7 +177,8 @@ def test_sequences_change_places_without_a_trace(name: str) -> None:
     for turn, outcome in zip(turns, later, strict=True):
         assert outcome.finish.usage.n_cached == len(turn) - 3  # the last one was never decoded
     for prompt, outcome in [*zip(prompts, outcomes, strict=True), *zip(turns, later, strict=True)]:
-        check_choices(path, prompt, outcome.tokens)
+        # After random tokens many are nearly as likely as the best.
+        check_choices(path, prompt, outcome.tokens, least_best=0.8)
 
 
 def test_a_second_conversation_starts_from_the_same_system_prompt() -> None:

@@ -60,9 +60,11 @@ def generate(engine: Engine, prompt: list[int], n: int, sampling: SamplingParams
     return read(engine.submit(Request(tuple(prompt), sampling, n, ignore_eog=True)))
 
 
-def check_choices(path: Path, prompt: list[int], answer: tuple[int, ...]) -> None:
-    """Each token of the answer is the plain loop's choice after those before it, up to noise; of a
-    few tokens one may be another that is as good."""
+def check_choices(
+    path: Path, prompt: list[int], answer: tuple[int, ...], *, least_best: float = 0.95
+) -> None:
+    """Each token of the answer is the plain loop's choice after those before it, up to noise: few
+    are another token that is as good, in a short answer one."""
     n_best = 0
     with PlainContext(path, n_ctx=2048) as plain:
         plain.read(prompt)
@@ -71,7 +73,7 @@ def check_choices(path: Path, prompt: list[int], answer: tuple[int, ...]) -> Non
             assert logits[token] > logits.max() - NOISE
             n_best += token == int(logits.argmax())
             plain.decode([token])
-    assert n_best >= min(0.95 * len(answer), len(answer) - 1)
+    assert n_best >= min(least_best * len(answer), len(answer) - 1)
 
 
 def test_greedy_tokens_are_the_models_own(smol: Engine) -> None:
