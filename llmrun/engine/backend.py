@@ -116,9 +116,9 @@ class Backend(Protocol):
         a copy where each has its own. A copy leaves out what a window has moved on from. False:
         `target` is empty still."""
 
-    def seq_swap(self, a: int, b: int) -> None:
+    def seq_swap(self, a: int, b: int) -> bool:
         """Exchange what two sequences hold, where each has cells of its own. What a window has
-        moved on from is lost."""
+        moved on from is lost. False: there is no memory for it, and nothing was changed."""
 
     def seq_pos_min(self, seq_id: int) -> int:
         """First position in the cache, -1 when empty. Above 0 once a window has moved on."""

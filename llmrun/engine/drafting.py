@@ -26,10 +26,15 @@ class Drafter:
         n_rows_max: int,
         model: DraftModel | None = None,
         kv_unified: bool = True,
+        n_swa: int = 0,
     ) -> None:
         """`n_rows_max`: most rows with logits in a batch. `model` guesses in the place of what
-        repeats earlier text. `kv_unified`: a batch is computed in one pass."""
+        repeats earlier text. `kv_unified`: a batch is computed in one pass. `n_swa`: the model's
+        window."""
         self._costs = costs
+        # A second pass takes the guesses of the first for what is there, and may write over the
+        # window's end, which is needed again when they were wrong.
+        self._needs_one_pass = n_swa > 0 and not kv_unified
         self._kv_unified = kv_unified
         self._model = model
         self._n_rows_max = n_rows_max
@@ -50,7 +55,8 @@ class Drafter:
         if self._pause:
             self._pause -= 1
         elif answering and len(answering) == len(running) and n_more_max > 0:
-            return self._plan(answering, n_more_max)
+            has_any = self._plan(answering, n_more_max)
+            return has_any and (not self._needs_one_pass or _level(answering))
         return False
 
     def pause(self, active: Iterable[Sequence]) -> bool:
@@ -89,3 +95,13 @@ class Drafter:
         for sequence, guesses, length in zip(answering, all_guesses, lengths, strict=True):
             sequence.draft = guesses[:length]
         return any(lengths)
+
+
+def _level(answering: list[Sequence]) -> bool:
+    """Shorten the guesses to what is checked in one pass. False: there are none then."""
+    ids = [sequence.seq_id for sequence in answering]
+    are_neighbours = max(ids) - min(ids) == len(ids) - 1
+    n = min(len(sequence.draft) for sequence in answering) if are_neighbours else 0
+    for sequence in answering:
+        del sequence.draft[n:]
+    return n > 0

@@ -40,6 +40,7 @@ MIN_BINDING = "0.3.36"
 
 _DONE = DecodeResult.DONE  # an enum's member costs a descriptor call at each access
 _PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+_MOST_MOVED_BYTES = 512 << 20  # from one sequence to another, or between two
 
 # In front of a saved state: the library believes positions and sizes in a damaged one.
 _STATE_HEAD = struct.Struct("<8sIQ")  # magic, CRC-32 and length of what follows
@@ -195,30 +196,42 @@ class LlamaBackend:
             return True
         # The library's own copy is of a whole cache, however little is in it, and is made later,
         # with the next step.
-        buffer, size = self._read_state(source)
-        if self._write_state(target, buffer, size) and self.seq_rm(target, n_tokens, -1):
+        held = self._read_states(source)
+        if held is None:
+            return False
+        if self._write_state(target, *held[source]) and self.seq_rm(target, n_tokens, -1):
             return True
         self.seq_rm(target, -1, -1)
         return False
 
-    def seq_swap(self, a: int, b: int) -> None:
+    def seq_swap(self, a: int, b: int) -> bool:
         self._check_seq(a)
         self._check_seq(b)
-        held = {seq_id: self._read_state(seq_id) for seq_id in (a, b) if self._holds(seq_id)}
+        held = self._read_states(*(seq_id for seq_id in (a, b) if self.seq_pos_max(seq_id) >= 0))
+        if held is None:
+            return False
         for source, target in ((a, b), (b, a)):
             if source not in held:
                 self.seq_rm(target, -1, -1)
             elif not self._write_state(target, *held[source]):
                 raise EngineError("a sequence could not be moved", why=_log_sink.last_reason())
+        return True
 
-    def _holds(self, seq_id: int) -> bool:
-        return self.seq_pos_max(seq_id) >= 0
-
-    def _read_state(self, seq_id: int) -> tuple[Any, int]:
-        """A buffer with all that the sequence holds, for use at once, and its length."""
-        size = self._C.llama_state_seq_get_size_ext(self._ctx, seq_id, 0)
-        buffer = (ctypes.c_uint8 * size)()
-        return buffer, self._C.llama_state_seq_get_data_ext(self._ctx, buffer, size, seq_id, 0)
+    def _read_states(self, *seq_ids: int) -> dict[int, tuple[Any, int]] | None:
+        """Buffers with all that the sequences hold, for use at once, and their lengths. None where
+        that takes more memory than there is, or than any plan has counted with."""
+        read, size_of = self._C.llama_state_seq_get_data_ext, self._C.llama_state_seq_get_size_ext
+        sizes = {seq_id: size_of(self._ctx, seq_id, 0) for seq_id in seq_ids}
+        if sum(sizes.values()) > _MOST_MOVED_BYTES:
+            return None
+        held = {}
+        try:
+            for seq_id, size in sizes.items():
+                buffer = (ctypes.c_uint8 * size)()
+                held[seq_id] = buffer, int(read(self._ctx, buffer, size, seq_id, 0))
+        except MemoryError:
+            return None
+        return held if all(n for _, n in held.values()) else None
 
     def _write_state(self, seq_id: int, buffer: Any, size: int) -> bool:
         return bool(self._C.llama_state_seq_set_data_ext(self._ctx, buffer, size, seq_id, 0))

@@ -114,6 +114,7 @@ class Engine:
                 n_rows_max=n_rows_max,
                 model=self._draft_model,
                 kv_unified=backend.kv_unified,
+                n_swa=backend.facts.n_swa,
             )
         self._pace = Pace(backend, clock, governor, costs)
         self._core = Core(

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from llmrun.engine.radix import RadixTree
 from llmrun.engine.types import CHECKPOINT_BYTES, StateBytes
 
+# A token is read in the time that it takes to copy so many, or more.
+_COPIED_PER_READ = 64
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
@@ -195,8 +198,14 @@ class PrefixCache:
     def _n_checkpoint_bytes(self) -> int:
         return sum({id(kept): len(kept.state) for _, kept in self._checkpoints}.values())
 
-    def _emptiest(self, slot: Slot) -> tuple[bool, int]:
-        return self.tree.length(slot.seq_id) > 0, slot.used_at
+    def _emptiest(self, slot: Slot) -> tuple[bool, int, int]:
+        is_held = self.tree.length(slot.seq_id) > 0
+        n_away = 0
+        if not self._shares_cells and not is_held:
+            # Those that run should be neighbours (`Residents.close_gaps`).
+            busy = [other.seq_id for other in self.slots if other.busy]
+            n_away = min((abs(slot.seq_id - seq_id) for seq_id in busy), default=0)
+        return is_held, slot.used_at if is_held else 0, n_away
 
     def _choose(self, prompt: Sequence[int]) -> Placement | None:
         free = [slot for slot in self.slots if not slot.busy]
@@ -216,17 +225,26 @@ class PrefixCache:
             return self.tree.length(slot.seq_id)
 
         own = max(free, key=lambda slot: (n_own(slot), -slot.used_at))
-        best = max(self.slots, key=lambda slot: (n_shared(slot), not slot.busy, -slot.used_at))
+        # To copy takes time for all that the other holds.
+        weight = 0 if self._shares_cells else -1
+        best = max(
+            self.slots,
+            key=lambda slot: (
+                n_shared(slot), weight * n_held(slot), not slot.busy, -slot.used_at
+            ),
+        )  # fmt: skip
         spare = min((slot for slot in free if slot is not best), key=self._emptiest, default=None)
         if spare is not None:
             # Another conversation that only starts alike (one system prompt for all, or the few
             # tokens that a template begins with) stays whole as long as there is an empty slot
             # for this one, or one that nobody has used for longer.
-            is_other = 0 < n_shared(own) < n_held(own) // 2
+            is_other = 0 < n_own(own) < n_held(own) // 2
+            # Those few may be too few to be copied.
+            is_kept = n_shared(best) >= n_own(own) or not self._pays(n_own(own), n_held(own))
             is_better = n_held(spare) == 0 or spare.used_at < own.used_at
-            if n_shared(best) > n_own(own) or (
-                is_other and is_better and n_shared(best) >= n_own(own)
-            ):
+            if n_shared(best) > n_own(own) or (is_other and is_better and is_kept):
+                if n_shared(best) == 0:
+                    return Placement(spare, 0)
                 return Placement(spare, n_shared(best), best, shares[best.seq_id][1])
         if n_own(own) == 0:
             return Placement(min(free, key=self._emptiest), 0)
@@ -243,12 +261,19 @@ class PrefixCache:
             is_allowed = window_allows(n_keep, n_held, self._pos_min(slot.seq_id), self._n_swa)
         return (n_keep, None) if is_allowed else _last_checkpoint(slot, n_keep)
 
+    def _pays(self, n_keep: int, n_held: int) -> bool:
+        """Whether another slot should have the first `n_keep` tokens of one that holds `n_held`,
+        rather than read them: a copy takes time for all."""
+        return self._shares_cells or n_keep * _COPIED_PER_READ >= n_held
+
     def _shared(
         self, slot: Slot, common: dict[int, int], most: int
     ) -> tuple[int, Checkpoint | None]:
         """The same of tokens that another slot can have of this one, whether it is busy or not."""
         n_held = self.tree.length(slot.seq_id)
         n_keep = min(common.get(slot.seq_id, 0), most)
+        if not self._pays(n_keep, n_held):
+            return 0, None
         if n_keep <= 0 or n_keep == n_held:
             return max(n_keep, 0), None
         if not self._can_cut:

@@ -152,7 +152,8 @@ class FakeBackend:
         self.n_batch = n_batch
         self.n_seq_max = n_seq_max
         self.kv_unified = kv_unified
-        self.n_swaps = 0
+        self.n_swaps = self.n_moved = 0
+        self.has_memory = True
         self.n_threads = self.n_threads_batch = n_threads
         self.n_outputs_max = n_outputs_max or n_seq_max
         self.next_token = next_token
@@ -362,11 +363,13 @@ class FakeBackend:
                 self._cells.append(Cell(cell.pos, cell.token, cell.value, {target}, window))
         return True
 
-    def seq_swap(self, a: int, b: int) -> None:
+    def seq_swap(self, a: int, b: int) -> bool:
         self._check_seq(a)
         self._check_seq(b)
         self.require(not self.kv_unified and a != b, "only caches of their own can be swapped")
         self.require(not self._recurrent, "a recurrent state was moved")
+        if not self.has_memory:
+            return False
         self.n_swaps += 1
         held = [(old, new, self._of(old), self._in_window(old)) for old, new in ((a, b), (b, a))]
         for old, new, cells, in_window in held:
@@ -374,6 +377,8 @@ class FakeBackend:
                 assert cell.owners == {old}
                 cell.owners = {new}
                 cell.window = {new} if cell.pos in in_window else set()
+            self.n_moved += len(cells)
+        return True
 
     def _in_window(self, seq_id: int) -> set[int]:
         """Positions of window cells that a state has: of the last window only."""
@@ -429,7 +434,8 @@ class FakeBackend:
         }
         if not partial:
             self.require(not held, "a whole state is put into a sequence that is not empty")
-            if len(self._cells) + len(cells) > self.n_ctx:
+            n_others = len(self._cells) if self.kv_unified else 0
+            if n_others + len(cells) > self.n_ctx:
                 return False
         if partial and not self._recurrent:
             # Only the window layers; the others must hold the very same tokens.

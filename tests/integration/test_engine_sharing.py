@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llmrun.engine import llama
 from llmrun.engine.loop import Engine
 from llmrun.engine.types import EngineOptions, FinishEvent, Request, SamplingParams
 from tests.fakes.low_level import PlainContext
@@ -163,9 +164,9 @@ def test_sequences_change_places_without_a_trace(name: str) -> None:
         swapped: list[tuple[int, int]] = []
         swap = engine._backend.seq_swap
 
-        def note_swap(a: int, b: int) -> None:
+        def note_swap(a: int, b: int) -> bool:
             swapped.append((a, b))
-            swap(a, b)
+            return swap(a, b)
 
         engine._backend.seq_swap = note_swap  # type: ignore[method-assign]
         outcomes = [read(stream) for stream in streams]
@@ -198,3 +199,14 @@ def test_a_second_conversation_starts_from_the_same_system_prompt() -> None:
         assert other.finish.usage.n_cached == len(system)
         assert again.finish.usage.n_cached == len(first)
         check_choices(gemma3_path(), second, other.tokens)
+
+
+def test_what_takes_too_much_memory_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "_MOST_MOVED_BYTES", 1 << 10)
+    with open_checked(smollm2_path(), n_ctx=3 * 768, n_seq_max=3, kv_unified=False) as engine:
+        prompts = [tokens_of(engine, SYSTEM + text) for text in (" Who?", " Why is it so?")]
+        streams = [engine.submit(Request(tuple(p), GREEDY, 12, ignore_eog=True)) for p in prompts]
+        outcomes = [read(stream) for stream in streams]
+        assert not engine._backend.seq_swap(0, 2)
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        check_choices(smollm2_path(), prompt, outcome.tokens)

@@ -224,3 +224,12 @@ def test_old_checkpoints_make_room() -> None:
     assert [c.n_tokens for c in second.checkpoints] == [10]
     cache.keep(second, Checkpoint(30, b"x" * 400))
     assert first.checkpoints == second.checkpoints == []
+
+
+def test_of_two_that_start_alike_the_shorter_is_copied() -> None:
+    cache = PrefixCache(4, n_swa=0, can_cut=True, pos_min=lambda _seq_id: 0, shares_cells=False)
+    cache.put(cache.slots[0], count(100))
+    cache.put(cache.slots[1], [*count(3), *range(200, 210)])
+    placement = cache.place([*count(3), 300])
+    assert placement is not None and placement.copy_from is cache.slots[1]
+    assert placement.n_keep == 3 and cache.tree.length(0) == 100

@@ -12,6 +12,7 @@ import pytest
 from llmrun.engine import residents
 from llmrun.engine.backend import Chunk, DecodeResult
 from llmrun.engine.loop import Engine, Stream
+from llmrun.engine.passes import split_rows
 from llmrun.engine.types import Request, SamplingParams
 from tests.fakes.fake_backend import FakeBackend, copying_token, endless_token, ideal_answer
 from tests.unit.test_engine_loop import Outcome, check_books, read, run
@@ -425,3 +426,67 @@ def test_a_second_conversation_starts_from_the_first_ones_checkpoint(kv_unified:
     assert other.tokens == ideal_answer(second, 256, endless_token).tokens
     assert again.finish.usage.n_cached == len(first.prompt) + 19
     check_books(engine, backend)
+
+
+def test_no_pattern_of_arrivals_moves_more_than_the_gaps_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One long answer, and short requests that go on now the one, now the other of two long
+    conversations, beside which it cannot stay."""
+    monkeypatch.setattr(residents, "_CELLS_PER_GAP", 64)
+    backend = split_backend(n_ctx=4096, n_seq_max=3, n_batch=512)
+    engine = Engine(backend, checks=True)
+    with engine:
+        talks = [tuple((i * 7 + k) % 250 for i in range(900)) for k in (1, 2)]
+        held = [(*talk, *run(engine, talk, 2).tokens) for talk in talks]
+        long = engine.submit(Request((3,), max_tokens=200))
+        n_before = backend.n_steps
+        for n in range(40):
+            read(engine.submit(Request((*held[n % 2], n), max_tokens=2)))
+        n_steps = backend.n_steps - n_before
+        read(long)
+    assert backend.n_moved <= n_steps * 64
+    check_books(engine, backend)
+
+
+def test_the_fewest_cells_are_moved() -> None:
+    found = residents._find_gaps({0, 2}, [4, 0, 1504, 0])
+    assert found == residents._Gaps(1, [(0, 1)], 4)
+    assert residents._find_gaps({1, 2, 3}, [9, 9, 9, 9]) == residents._Gaps()
+    # Neither the place of a long conversation, running or not.
+    assert residents._find_gaps({0, 3}, [5, 1000, 8, 900]).moves == [(0, 2)]
+
+
+def test_a_long_conversation_is_not_copied_for_a_few_tokens() -> None:
+    backend = split_backend(n_ctx=1024, n_seq_max=4, n_batch=64)
+    engine = Engine(backend, checks=True)
+    with engine:
+        run(engine, (1, 2, 3, *(i % 200 for i in range(900))), 2)
+        assert run(engine, (1, 2, 3, 7, 7), 40).finish.usage.n_cached == 0
+        # The other one that starts alike is short.
+        assert run(engine, (1, 2, 3, 8, 8), 4).finish.usage.n_cached == 3
+    assert len(backend.held(0)) > 900
+    check_books(engine, backend)
+
+
+def test_where_there_is_no_memory_to_move_all_stays_where_it_is() -> None:
+    backend = split_backend()
+    backend.has_memory = False
+    run_together(
+        backend, [Request((n,), max_tokens=k) for n, k in enumerate([3, 30, 3, 30, 3, 30])]
+    )
+    assert backend.n_moved == 0
+
+
+def test_guesses_beyond_a_window_are_checked_in_one_pass() -> None:
+    """A second one would take the guesses of the first for what is there."""
+    backend = split_backend(n_outputs_max=32, next_token=copying_token, n_swa=6)
+    requests = [Request((*SYSTEM, n, n + 1), max_tokens=60) for n in range(4)]
+    run_together(backend, requests, speculative="ngram", clock=lambda: 1.0 + 0.06 * backend.n_steps)
+    checked = [
+        [(chunk.seq_id, len(chunk.tokens)) for chunk in batch]
+        for batch in backend.batches
+        if len(batch) > 1 and any(chunk.n_outputs > 1 for chunk in batch)
+    ]
+    assert checked
+    assert all(len(split_rows(rows)) == 1 for rows in checked)
