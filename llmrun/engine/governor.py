@@ -24,7 +24,7 @@ _MIN_WAIT_S = 1.0
 _MAX_WAIT_S = 30.0
 _LOST_PART = 0.02  # tries that failed may cost this part of the time
 _FIRST_LOOK_S = 0.25
-_MANY_ROWS = 32  # batches beyond it compute in long pieces, and wait little for each other
+MANY_ROWS = 32  # batches beyond it compute in long pieces, and wait little for each other
 
 
 class Governor:
@@ -46,7 +46,7 @@ class Governor:
 
     def observe(self, n_rows: int, n_steps: int, elapsed_s: float) -> None:
         """`n_steps` steps of `n_rows` rows each took `elapsed_s` with `threads(n_rows)` threads."""
-        if n_rows <= _MANY_ROWS:
+        if n_rows <= MANY_ROWS:
             self._lane(n_rows).observe(n_rows, n_steps, elapsed_s)
         else:
             # By the row; in classes, since short chunks cost more by the row than long ones.
@@ -55,7 +55,7 @@ class Governor:
     def _lane(self, n_rows: int) -> _Lane:
         if n_rows == 1:
             return self._alone
-        return self._few if n_rows <= _MANY_ROWS else self._many
+        return self._few if n_rows <= MANY_ROWS else self._many
 
 
 def thread_counts(n_max: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from llmrun.engine.backend import Backend, Chunk, DecodeResult
-from llmrun.engine.governor import Governor
+from llmrun.engine.governor import MANY_ROWS, Governor
 from llmrun.engine.passes import split_rows
 from llmrun.engine.speculate import StepCosts
 
@@ -44,7 +44,7 @@ class Pace:
         self.n_steps = 0
         self.busy_s = 0.0
         self._n_rows = 0
-        self._is_typical = True
+        self._is_one_pass = self._is_of_one_kind = True
         self._started_s = 0.0
         self._threads = (backend.n_threads, backend.n_threads_batch)
         self._block = (0.0, 0)
@@ -52,10 +52,13 @@ class Pace:
     def decode(self, chunks: SequenceOf[Chunk]) -> DecodeResult:
         """One batch. After its rows were sampled, call `end_step`."""
         self._n_rows = sum(len(chunk.tokens) for chunk in chunks)
-        self._is_typical = (
+        self._is_one_pass = (
             self._backend.kv_unified
-            or self._n_rows > _FEW_ROWS
             or len(split_rows([(chunk.seq_id, len(chunk.tokens)) for chunk in chunks])) == 1
+        )
+        # Rows of answers cost more than those of prompts, and may be any part of a long batch.
+        self._is_of_one_kind = self._n_rows <= MANY_ROWS or all(
+            len(chunk.tokens) > 1 for chunk in chunks
         )
         self._set_threads(self._n_rows)
         self._started_s = self._clock()
@@ -76,7 +79,7 @@ class Pace:
     def start_alone(self, n_tokens: int) -> float:
         """Single-token steps follow. Returns when to `look` first, in the clock's seconds: after
         the first, so that one step between two with guesses is timed, too."""
-        self._is_typical = True
+        self._is_one_pass = self._is_of_one_kind = True
         self._set_threads(1)
         self._block = (self._clock(), n_tokens)
         return -math.inf
@@ -100,11 +103,10 @@ class Pace:
     def _tell(self, n_rows: int, n_steps: int, elapsed_s: float) -> None:
         self.n_steps += n_steps
         self.busy_s += elapsed_s
-        if not self._is_typical:
-            return  # several passes, of which no one's time is known
-        if self._governor is not None:
+        # Of several passes no one's time is known.
+        if self._governor is not None and self._is_one_pass and self._is_of_one_kind:
             self._governor.observe(n_rows, n_steps, elapsed_s)
-        if self._costs is not None:
+        if self._costs is not None and (self._is_one_pass or n_rows > _FEW_ROWS):
             self._costs.learn(n_rows, n_steps, elapsed_s)
 
     def _set_threads(self, n_rows: int) -> None:
