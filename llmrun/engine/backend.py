@@ -148,3 +148,8 @@ class Backend(Protocol):
     def clear_abort(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def count_cells(backend: Backend) -> int:
+    """Tokens that all sequences together can hold."""
+    return backend.n_ctx * (1 if backend.kv_unified else backend.n_seq_max)

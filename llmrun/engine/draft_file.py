@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmrun.engine.backend import Backend
+from llmrun.engine.backend import Backend, count_cells
 from llmrun.engine.types import EngineOptions, LoadProgress, Tokenizer
 from llmrun.errors import UsageError
 
@@ -35,7 +35,7 @@ def open_draft_backend(
         options.draft_model[0],
         replace(
             options,
-            n_ctx=target.n_ctx * (1 if target.kv_unified else target.n_seq_max),
+            n_ctx=count_cells(target),
             kv_unified=True,  # guesses go on from any sequence's cells
             type_k="f16",
             type_v="f16",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from llmrun.engine.backend import Backend
+from llmrun.engine.backend import Backend, count_cells
 from llmrun.engine.prefix_cache import Checkpoint, Placement, PrefixCache, Slot
 from llmrun.engine.radix import common_prefix
 from llmrun.engine.sequence import Phase, Sequence
@@ -37,7 +37,8 @@ class _Gaps:
 
 
 class Residents:
-    """The slots of the running sequences. Runs in the engine's thread."""
+    """The slots of the running sequences. Runs in the engine's thread. `n_cells_max`: cells of all
+    sequences together."""
 
     def __init__(self, backend: Backend, checkpoint_bytes: int = CHECKPOINT_BYTES) -> None:
         self._backend = backend
@@ -53,16 +54,11 @@ class Residents:
             checkpoint_bytes=checkpoint_bytes,
         )
         self._slots: dict[Sequence, Slot] = {}
-        self._n_cells_max = backend.n_ctx * (1 if backend.kv_unified else backend.n_seq_max)
+        self.n_cells_max = count_cells(backend)
         # The moves that would close the gaps among the running sequences, and what they cost; None:
         # to be found out. What the gaps have cost since there are any. All in cells.
         self._gaps: _Gaps | None = None
         self._n_paid = 0
-
-    @property
-    def n_cells_max(self) -> int:
-        """Cells of all sequences together."""
-        return self._n_cells_max
 
     def __len__(self) -> int:
         """Sequences that have a slot."""
@@ -75,7 +71,7 @@ class Residents:
         for sequence in self._slots.copy():
             # The tree learns of it when the next request comes or this one goes.
             n_cells += max(0, sequence.n_past - tree.length(sequence.seq_id))
-        return min(n_cells, self._n_cells_max)
+        return min(n_cells, self.n_cells_max)
 
     def serves_anyone(self) -> bool:
         """Whether anyone with a slot still wants his answer. From any thread."""
@@ -150,7 +146,6 @@ class Residents:
             return
         self._n_paid = 0
         self._gaps = _Gaps()
-        self._note_progress()
         slots = self.cache.slots
         running_at = {slot.seq_id: sequence for sequence, slot in self._slots.items()}
         for old, new in gaps.moves:
@@ -266,7 +261,7 @@ class Residents:
         """The books against the backend, while nothing runs. AssertionError when they differ."""
         assert not self._slots, "a sequence was never released"
         cells = self.cache.tree.n_cells()
-        assert cells <= self._n_cells_max, f"{cells} cells in a cache of {self._n_cells_max}"
+        assert cells <= self.n_cells_max, f"{cells} cells in a cache of {self.n_cells_max}"
         for slot in self.cache.slots:
             n_held, seq_id = self.cache.tree.length(slot.seq_id), slot.seq_id
             assert not slot.busy, f"slot {seq_id} is busy"

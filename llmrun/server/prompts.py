@@ -202,11 +202,12 @@ class ChatModel:
                 code="unsupported_parameter",
             )
         generation = request.generation
+        grammar = _output_grammar(generation)
         jobs = []
         for prompt in request.prompts:
             tokens = self._tokens_of(prompt)
             self._check_room(tokens)
-            for sampling in self._samplings(generation, _output_grammar(generation)):
+            for sampling in self._samplings(generation, grammar):
                 request_ = self._request(tokens, generation, sampling, generation.stop)
                 jobs.append(Job(request_, ReplyReader()))
         return jobs

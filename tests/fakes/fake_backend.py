@@ -407,12 +407,7 @@ class FakeBackend:
     def save_state(self, seq_id: int, *, partial: bool) -> bytes:
         self._check_seq(seq_id)
         # As llama.cpp: of a window only what the next token can see.
-        last, n_swa = self.seq_pos_max(seq_id), self.facts.n_swa
-        seen = {
-            cell.pos
-            for cell in self._of(seq_id)
-            if seq_id in cell.window and (not n_swa or cell.pos > last - n_swa)
-        }
+        seen = self._in_window(seq_id)
         cells = [
             (cell.pos, cell.token, cell.value, cell.pos in seen)
             for cell in self._of(seq_id)

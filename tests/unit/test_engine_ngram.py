@@ -164,11 +164,17 @@ def test_where_the_last_lines_differed_the_next_is_not_sure() -> None:
     assert n - n_right <= 10  # one in each line
 
 
-def test_what_was_replaced_is_replaced_again() -> None:
-    source = text(90, seed=6)
+def replaced_text(seed: int) -> tuple[list[int], list[int]]:
+    """A text in which one token comes four times, and the same with another in its place."""
+    source = text(90, seed=seed)
     for place in (20, 40, 60, 80):
         source[place] = 7000
     edited = [8000 if token == 7000 else token for token in source]
+    return source, edited
+
+
+def test_what_was_replaced_is_replaced_again() -> None:
+    source, edited = replaced_text(seed=6)
     tokens = [*source, *edited[:30]]
     model = model_of(tokens, 90)
     assert guesses(model, tokens, 40) == edited[30:70]
@@ -230,10 +236,7 @@ def test_behind_a_word_put_in_the_place_is_sure_again() -> None:
 
 
 def test_a_replacement_is_doubted_until_it_has_come_again() -> None:
-    source = text(90, seed=12)
-    for place in (20, 40, 60, 80):
-        source[place] = 7000
-    edited = [8000 if token == 7000 else token for token in source]
+    source, edited = replaced_text(seed=12)
     once = [*source, *edited[:40]]
     model = model_of(once, 90)
     assert guesses(model, once, 1) == [8000]
