@@ -6,7 +6,7 @@ Cases: `idle`; `one-busy` (a process that only counts); `busy-per-core` (one for
 `two-models` (two of these processes at once; the slower one's rate counts). In each, every setting
 runs alone in its own process, in turns (A B C A B C …), for the same time: `steady` (what llmrun
 does), fixed counts of threads, and `native`: the largest count, and threads that spin as long as
-OpenMP lets them (llmrun limits that, see `engine.llama.import_binding`).
+OpenMP lets them (llmrun limits that, see `engine.binding.import_binding`).
 
 Printed for each case: medians in tok/s, steady against native, and steady against the best fixed
 count. A machine that is busy with something else spoils the first case most of all.

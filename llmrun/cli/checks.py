@@ -271,7 +271,7 @@ def _binding_path() -> Path | None:
 
 
 def _reinstall() -> str:
-    from llmrun.engine.llama import MIN_BINDING
+    from llmrun.engine.binding import MIN_BINDING
 
     return f"{sys.executable} -m pip install --force-reinstall '{_BINDING}>={MIN_BINDING}'"
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import array
 import ctypes
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrun.engine.binding import forget_log, last_reason, load_library
 from llmrun.engine.embed_shape import (
     POOLING_IDS,
     EmbedOptions,
@@ -23,14 +23,8 @@ from llmrun.engine.embed_shape import (
     shape_context,
 )
 from llmrun.engine.embed_types import EmbedFacts
-from llmrun.engine.llama import (
-    LoadWatch,
-    forget_log,
-    load_library,
-    read_facts,
-    recent_log,
-)
-from llmrun.engine.params import check_options, fill_context_params, fill_model_params
+from llmrun.engine.model_file import load_model, read_facts
+from llmrun.engine.params import check_options, fill_context_params
 from llmrun.engine.types import LoadProgress
 from llmrun.engine.vocabulary import LlamaTokenizer
 from llmrun.errors import EngineError, UsageError, WillNotFitError
@@ -124,12 +118,12 @@ class LlamaEmbedBackend:
             return True
         if code == 2:
             return False
-        raise EngineError(f"llama.cpp could not compute a batch (code {code})", why=_last_reason())
+        raise EngineError(f"llama.cpp could not compute a batch (code {code})", why=last_reason())
 
     def _read(self, seq_id: int) -> list[float]:
         pointer = self._C.llama_get_embeddings_seq(self._ctx, seq_id)
         if not pointer:
-            raise EngineError("the model gives no vectors", why=_last_reason())
+            raise EngineError("the model gives no vectors", why=last_reason())
         row: list[float] = pointer[: self.facts.n_out]
         if not math.isfinite(sum(row)):
             raise EngineError(
@@ -199,31 +193,13 @@ def open_embed_backend(
     on_progress: LoadProgress | None = None,
 ) -> LlamaEmbedBackend:
     """Load `path` (the first shard of a split model), whose header is `info`, and create an
-    embedding context. Raises as `llama.open_backend` does, and UsageError for a model that has no
+    embedding context. Raises as `load_model` does, and UsageError for a model that has no
     vectors of the kind asked for."""
     shape = shape_context(info, options)
     settings = engine_options(options, shape)
     check_options(settings)
     C = load_library()
-    params, keep = fill_model_params(C, settings)
-    watch = LoadWatch(on_progress)
-    params.progress_callback = callback = C.llama_progress_callback(watch.update)
-    forget_log()
-    model = C.llama_model_load_from_file(os.fsencode(path), params)
-    del callback, keep
-    if watch.stopped_by is not None:
-        if model:
-            C.llama_model_free(model)
-        raise watch.stopped_by
-    if not model:
-        why = _last_reason()
-        if why and "alloc" in why:
-            raise WillNotFitError(
-                f"not enough memory to load {path.name}",
-                why=why,
-                hint="use a smaller quant, or fewer layers on the GPU: --gpu-layers 0",
-            )
-        raise EngineError(f"llama.cpp cannot load {path.name}", why=why)
+    model = load_model(C, path, settings, on_progress)
     try:
         if C.llama_model_has_encoder(model) and C.llama_model_has_decoder(model):
             raise UsageError(
@@ -244,7 +220,7 @@ def _create_context(C: Any, model: Any, options: EmbedOptions, shape: EmbedShape
     forget_log()
     ctx = C.llama_init_from_model(model, params)
     if not ctx:
-        why = _last_reason()
+        why = last_reason()
         if why is None or "alloc" in why:
             raise WillNotFitError(
                 f"no memory for inputs of {shape.n_ctx} tokens",
@@ -289,8 +265,3 @@ def _read_labels(C: Any, model: Any) -> Iterator[str]:
         if label is None:
             return
         yield label.decode("utf-8", "replace")
-
-
-def _last_reason() -> str | None:
-    lines = list(dict.fromkeys(recent_log()))[-3:]
-    return "; ".join(lines) if lines else None

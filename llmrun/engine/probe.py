@@ -40,8 +40,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llmrun.engine.binding import forget_log, load_library, recent_log
 from llmrun.engine.ggml import BreakdownUnavailableError, BufferBytes, Ggml
-from llmrun.engine.llama import forget_log, load_library, recent_log
 from llmrun.engine.params import check_options, fill_context_params, fill_model_params
 from llmrun.engine.stubs import StubSource, drop_vocabulary, write_stubs
 from llmrun.engine.types import EngineOptions

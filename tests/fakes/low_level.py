@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmrun.engine.llama import import_binding
+from llmrun.engine.binding import import_binding
 
 
 class PlainContext:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmrun.engine.llama import import_binding
+from llmrun.engine.binding import import_binding
 
 POOLING = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
 

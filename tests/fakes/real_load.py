@@ -76,7 +76,7 @@ class _Lines(logging.Handler):
 
 
 def _main(request: dict[str, Any]) -> None:
-    from llmrun.engine.llama import load_library
+    from llmrun.engine.binding import load_library
     from llmrun.engine.params import fill_context_params, fill_model_params
     from llmrun.engine.types import EngineOptions
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from llmrun.engine import stubs
+from llmrun.engine.binding import load_library
 from llmrun.engine.ggml import Ggml
-from llmrun.engine.llama import load_library, open_backend
+from llmrun.engine.llama import open_backend
 from llmrun.engine.params import check_options, fill_model_params
 from llmrun.engine.stubs import StubSource, drop_vocabulary, write_stubs
 from llmrun.engine.types import EngineOptions

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrun.engine import llama
+from llmrun.engine import states
 from llmrun.engine.loop import Engine
 from llmrun.engine.types import EngineOptions, FinishEvent, Request, SamplingParams
 from tests.fakes.low_level import PlainContext
@@ -202,7 +202,7 @@ def test_a_second_conversation_starts_from_the_same_system_prompt() -> None:
 
 
 def test_what_takes_too_much_memory_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "_MOST_MOVED_BYTES", 1 << 10)
+    monkeypatch.setattr(states, "_MOST_MOVED_BYTES", 1 << 10)
     with open_checked(smollm2_path(), n_ctx=3 * 768, n_seq_max=3, kv_unified=False) as engine:
         prompts = [tokens_of(engine, SYSTEM + text) for text in (" Who?", " Why is it so?")]
         streams = [engine.submit(Request(tuple(p), GREEDY, 12, ignore_eog=True)) for p in prompts]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrun.engine.binding import import_binding
 from llmrun.engine.detokenize import IncrementalText
-from llmrun.engine.llama import import_binding
 from llmrun.engine.types import SpecialLiteral
 from llmrun.engine.vocabulary import LlamaTokenizer
 from tests.fakes.models import gemma3_path, smollm2_path
@@ -21,7 +21,7 @@ PATHS = {"smol": smollm2_path, "gemma": gemma3_path}
 
 @pytest.fixture(scope="module", params=PATHS)
 def tokenizer(request: pytest.FixtureRequest) -> Iterator[LlamaTokenizer]:
-    from llmrun.engine.llama import load_library
+    from llmrun.engine.binding import load_library
 
     C = load_library()
     params = C.llama_model_default_params()

@@ -19,7 +19,7 @@ from llmrun.chat.messages import Message
 from llmrun.chat.protect import Guard, tokenize_plain, tokenize_prompt
 from llmrun.chat.session import ChatSession
 from llmrun.chat.template import ChatTemplate, TranscriptTemplate
-from llmrun.engine.llama import import_binding
+from llmrun.engine.binding import import_binding
 from llmrun.engine.loop import Engine
 from llmrun.engine.types import EngineOptions, SamplingParams
 from llmrun.engine.vocabulary import LlamaTokenizer
@@ -145,10 +145,10 @@ def tokenizers(tmp_path_factory):
             result[name] = LlamaTokenizer(C, C.llama_model_get_vocab(model))
         yield result
     # The engine installs its own log again when a later test opens one.
-    from llmrun.engine import llama
+    from llmrun.engine import binding
 
-    if llama._log_callback is not None:
-        C.llama_log_set(llama._log_callback, None)
+    if binding._log_callback is not None:
+        C.llama_log_set(binding._log_callback, None)
     else:
         globals()["_keep_alive"] = silent
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrun.engine import logits as logits_module
-from llmrun.engine.llama import import_binding
+from llmrun.engine.binding import import_binding
 from llmrun.engine.logits import LogitRows
 from llmrun.engine.types import NO_LOGPROB
 from llmrun.errors import EngineError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmrun.engine.llama import import_binding
+from llmrun.engine.binding import import_binding
 from llmrun.gguf.ggml_types import REMOVED_TENSOR_TYPES, TENSOR_TYPES
 from llmrun.gguf.header import FileSource, read_header
 from llmrun.gguf.types import ArrayValue
