@@ -51,13 +51,6 @@ class Workloads:
         """`prefix` and `n_tokens` that never followed it before."""
         return prefix + self._draw(n_tokens)
 
-    def shared_prefix(
-        self, n_prefix: int, n_rest: int, n_prompts: int
-    ) -> tuple[tuple[int, ...], ...]:
-        """`n_prompts` prompts with one new common beginning of `n_prefix` tokens."""
-        prefix = self.fresh(n_prefix)
-        return tuple(self.after(prefix, n_rest) for _ in range(n_prompts))
-
     def edit(self, n_tokens_max: int) -> tuple[int, ...]:
         """A text that has been written out once, and the start of it again: what follows is in
         the prompt. Shortened to `n_tokens_max` tokens, from its beginning."""

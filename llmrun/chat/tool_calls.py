@@ -20,7 +20,6 @@ from llmrun.chat.tool_syntax import Reader
 from llmrun.chat.tool_syntax_json import JsonReader
 from llmrun.chat.tool_syntax_named import NamedReader, PythonicReader
 from llmrun.chat.tool_syntax_xml import XmlReader
-from llmrun.chat.tool_values import decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +62,6 @@ def make_tool_splitter(fmt: ToolFormat | None, tools: Sequence[ToolSpec]) -> Too
     """The splitter for a format; None passes all text on. `tools` are those the model was shown:
     their schemas say how to read values that the format does not quote."""
     return PlainText() if fmt is None else CallSplitter(fmt, tools)
-
-
-def parse_arguments(text: str) -> dict[str, object] | None:
-    """The arguments of a whole call; None when the text is no object, as that of a cut call."""
-    value = decode(text)
-    return value if isinstance(value, dict) else None
 
 
 _READERS = {"json": JsonReader, "named": NamedReader, "xml": XmlReader, "pythonic": PythonicReader}

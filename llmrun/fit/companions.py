@@ -11,7 +11,6 @@ from typing import Literal
 
 from llmrun.fit.formula import estimate
 from llmrun.fit.types import GIB, MIB, Estimate, Setup, Source
-from llmrun.fit.weights import split_weights
 from llmrun.gguf.types import ModelInfo
 
 CompanionKind = Literal["projector", "drafter"]
@@ -96,24 +95,6 @@ def drafter_need(
         work_host_bytes=_SHARED_DRAFTER_BYTES,
         source="filesize" if info is None else "formula",
         notes=("the drafter shares its target's weights and cache",),
-    )
-
-
-def mtp_block_need(info: ModelInfo, setup: Setup) -> Companion | None:
-    """The drafting blocks inside a model's own file, which `estimate` leaves out because they are
-    not loaded by default; None when it has none."""
-    without = estimate(info, setup)
-    n_bytes = split_weights(info, len(without.layer_weights), use_repack=False).skipped
-    if without.source != "formula" or not n_bytes:
-        return None
-    return Companion(
-        kind="drafter",
-        weights_bytes=n_bytes,
-        kv_bytes=_layer_cache(without) * _count(info, "nextn_predict_layers"),
-        work_gpu_bytes=_SHARED_DRAFTER_BYTES,
-        work_host_bytes=_SHARED_DRAFTER_BYTES,
-        source="formula",
-        notes=("the drafter is part of the model's file",),
     )
 
 

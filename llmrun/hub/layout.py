@@ -119,12 +119,6 @@ def snapshots(repo: str, *, cache: Path | None = None) -> tuple[tuple[str, Path]
     return tuple((folder.name, folder) for folder in used)
 
 
-def newest_snapshot(repo: str, *, cache: Path | None = None) -> tuple[str, Path] | None:
-    """The snapshot that answers for `repo` when the hub is not asked: (commit, folder), or None."""
-    found = snapshots(repo, cache=cache)
-    return found[0] if found else None
-
-
 def snapshot_files(repo: str, commit: str, *, cache: Path | None = None) -> tuple[StoredFile, ...]:
     """The files of one snapshot by name. A broken link has `n_bytes` 0.
 

@@ -46,12 +46,6 @@ def test_a_vocabulary_without_words_still_gives_plain_tokens() -> None:
     assert len(words) == 256 and not any(map(tokenizer.is_control, words))
 
 
-def test_shared_prefix() -> None:
-    prompts = Workloads(FakeTokenizer()).shared_prefix(20, 5, 4)
-    assert len({prompt[:20] for prompt in prompts}) == 1
-    assert len({prompt[20:] for prompt in prompts}) == 4 and {len(p) for p in prompts} == {25}
-
-
 def test_the_text_to_edit_says_before_what_is_asked_for() -> None:
     tokenizer = FakeTokenizer()
     workloads = Workloads(tokenizer)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from llmrun.fit.companions import (
     companion_bytes,
     drafter_need,
-    mtp_block_need,
     projector_need,
 )
 from llmrun.fit.formula import estimate
@@ -72,18 +69,6 @@ def test_a_drafter_that_is_a_model_counts_as_one():
     assert unread.kv_bytes == estimate(TARGET, setup).kv_bytes // 4
     assert unread.source == "filesize"
     assert drafter_need(600_000_000, setup).kv_bytes == 0
-
-
-def test_blocks_inside_the_models_own_file_are_counted_when_they_are_wanted():
-    plain = shape_info("llama-3.1-8b")
-    assert mtp_block_need(plain, SETUP) is None
-    metadata = dict(plain.header.metadata) | {"llama.nextn_predict_layers": 1}
-    info = replace(plain, header=replace(plain.header, metadata=metadata))
-    found = mtp_block_need(info, SETUP)
-    last = sum(t.n_bytes for t in info.header.tensors if t.name.startswith("blk.31."))
-    assert found is not None
-    assert (found.weights_bytes, found.kv_bytes) == (last, 8192 * 2 * 1024 * 2)
-    assert estimate(info, SETUP).weights_bytes + last == estimate(plain, SETUP).weights_bytes
 
 
 def test_the_sum_is_for_one_device():

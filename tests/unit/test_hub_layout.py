@@ -73,15 +73,15 @@ def add_snapshot(cache: Path, commit: str, names: list[str], mtime: float) -> Pa
 
 
 def test_the_main_branch_answers_first_then_the_newest(tmp_path: Path) -> None:
-    assert layout.newest_snapshot("org/x", cache=tmp_path) is None
+    assert layout.snapshots("org/x", cache=tmp_path) == ()
     add_snapshot(tmp_path, OLD, ["0.gguf"], 100)
     new = add_snapshot(tmp_path, NEW, ["1.gguf"], 200)
-    assert layout.newest_snapshot("org/x", cache=tmp_path) == (NEW, new)
+    assert layout.snapshots("org/x", cache=tmp_path)[0] == (NEW, new)
     main = add_snapshot(tmp_path, MAIN, ["2.gguf"], 50)
     ref = tmp_path / "models--org--x" / "refs" / "main"
     ref.parent.mkdir()
     ref.write_text(MAIN)
-    assert layout.newest_snapshot("org/x", cache=tmp_path) == (MAIN, main)
+    assert layout.snapshots("org/x", cache=tmp_path)[0] == (MAIN, main)
     assert [name for name, _ in layout.snapshots("org/x", cache=tmp_path)] == [MAIN, NEW, OLD]
 
 
@@ -91,8 +91,7 @@ def test_a_branch_without_files_does_not_answer(tmp_path: Path) -> None:
     ref = tmp_path / "models--org--x" / "refs" / "main"
     ref.parent.mkdir()
     ref.write_text(MAIN)
-    found = layout.newest_snapshot("org/x", cache=tmp_path)
-    assert found is not None and found[0] == NEW
+    assert [name for name, _ in layout.snapshots("org/x", cache=tmp_path)] == [NEW]
 
 
 def test_files_have_the_hash_of_their_blobs_name(tmp_path: Path) -> None:

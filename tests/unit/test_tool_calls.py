@@ -18,7 +18,6 @@ from llmrun.chat.tool_calls import (
     CallText,
     Plain,
     make_tool_splitter,
-    parse_arguments,
 )
 from llmrun.chat.tool_formats import (
     APRIEL,
@@ -283,14 +282,14 @@ def test_an_unknown_tool_is_called_all_the_same_where_tags_tell(fmt):
 def test_values_between_tags_have_the_types_of_the_schema(value, types, expected):
     text = f"<tool_call>\n<function=f>\n<parameter={value}>\n{types}\n</parameter>\n</function>"
     ((_, arguments),) = split(QWEN_CODER, [text])
-    assert parse_arguments(arguments) == {value: expected}
+    assert json.loads(arguments) == {value: expected}
 
 
 def test_an_end_tag_inside_a_value_is_text_unless_another_tag_follows():
     value = "say </parameter> and\n</parameter>\nthen </function>"
     text = f"<tool_call>\n<function=f>\n<parameter=a>\n{value}\n</parameter>\n</function>"
     ((_, arguments),) = split(QWEN_CODER, [text])
-    assert parse_arguments(arguments) == {"a": value}
+    assert json.loads(arguments) == {"a": value}
 
 
 @pytest.mark.parametrize(
@@ -579,9 +578,3 @@ def test_without_tools_thinking_goes_on_and_harmony_shows_the_arguments_alone():
     splitter = make_splitter(HARMONY_THINKING)
     text = "<|channel|>commentary to=functions.g<|message|>{}"
     assert [d.text for d in splitter.feed(text) + splitter.flush()] == ["{}"]
-
-
-def test_arguments_are_read_only_when_whole():
-    assert parse_arguments('{"a": 1}') == {"a": 1}
-    for text in ("", '{"a": ', "[1]", "3", "null", '{"a": NaN}', "[" * 10_000):
-        assert parse_arguments(text) is None
