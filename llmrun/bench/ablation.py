@@ -194,7 +194,10 @@ def list_switches(
     if small_kv is not None and options.flash_attn != "off":
         small = opening(type_k=small_kv, type_v=small_kv)
         switches.append(compare(f"KV cache in {small_kv}", opening(**f16), small))
-    switches.append(_speculation(opening(), opening(speculative="auto"), sizes))
+    switches.append(_speculation("speculation", opening(), opening(speculative="auto"), sizes))
+    if options.speculative == "draft":
+        drafting = opening(speculative="draft")
+        switches.append(_speculation("a draft model", opening(), drafting, sizes))
     if stream_options is not None:
         together = replace(stream_options, speculative="off")
         switches.append(_batching(lambda: open_engine(together), sizes))
@@ -256,7 +259,7 @@ def _prefix_cache(opening: Open, sizes: Sizes) -> Switch:
     return Switch("prefix cache", opening, None, cold, warm, {name: "s"}, n_units)
 
 
-def _speculation(off: Open, on: Open, sizes: Sizes) -> Switch:
+def _speculation(setting: str, off: Open, on: Open, sizes: Sizes) -> Switch:
     repeated, new = "copying a text", "writing a new one"
 
     def work(driver: Driver, workloads: Workloads) -> Mapping[str, float]:
@@ -269,7 +272,7 @@ def _speculation(off: Open, on: Open, sizes: Sizes) -> Switch:
 
     units: Mapping[str, Unit] = {repeated: "tok/s", new: "tok/s"}
     n_units = 2 * request_units(300, sizes.n_edit)
-    return Switch("speculation", off, on, work, work, units, n_units)
+    return Switch(setting, off, on, work, work, units, n_units)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,16 @@ def test_the_sides_differ_in_one_setting_and_the_turns_alternate() -> None:
     counts = [options for options in bed.opened if not options.steady_threads]
     assert sorted(options.n_threads for options in counts) == [1, 1, 2, 2, 2, 2]
     assert changes_of("n_seq_max").count(3) == 2
+
+
+def test_a_draft_model_is_measured_where_one_is_wanted() -> None:
+    bed = Bed()
+    wanted = replace(OPTIONS, speculative="draft", draft_model=(Path("draft.gguf"),))
+    switches = list_switches(bed.open, wanted, SIZES)
+    switches = [switch for switch in switches if switch.setting == "a draft model"]
+    AblationRun(switches, 2).run()
+    assert [options.speculative for options in bed.opened] == ["off", "draft", "draft", "off"]
+    assert {options.draft_model for options in bed.opened} == {wanted.draft_model}
 
 
 def test_the_prefix_cache_is_what_its_row_measures() -> None:
