@@ -3,10 +3,11 @@
     python scripts/bench_busy.py MODEL.gguf [--seconds 6] [--rounds 2] [--json FILE] [--cases …]
 
 Cases: `idle`; `one-busy` (a process that only counts); `busy-per-core` (one for each core);
-`two-models` (two of these processes at once; the slower one's rate counts). In each, every setting
-runs alone in its own process, in turns (A B C A B C …), for the same time: `steady` (what llmrun
-does), fixed counts of threads, and `native`: the largest count, and threads that spin as long as
-OpenMP lets them (llmrun limits that, see `engine.binding.import_binding`).
+`two-models` (two of these processes at once; the slower one's rate counts); `second-model` (one
+more in the process, which has answered and does nothing). In each, every setting runs alone in its
+own process, in turns (A B C A B C …), for the same time: `steady` (what llmrun does), fixed counts
+of threads, and `native`: the largest count, and threads that spin as long as OpenMP lets them
+(llmrun changes that, see `engine.binding`).
 
 Printed for each case: medians in tok/s, steady against native, and steady against the best fixed
 count. A machine that is busy with something else spoils the first case most of all.
@@ -27,10 +28,10 @@ from pathlib import Path
 
 PROMPT = "Once upon a time, in a village by the sea, there lived a clockmaker who"
 _OPENMP_SPINS = "300000"  # libgomp's own count when nothing is set
-CASES = ("idle", "one-busy", "busy-per-core", "two-models")
+CASES = ("idle", "one-busy", "busy-per-core", "two-models", "second-model")
 
 
-def generate(model: Path, threads: str, seconds: float) -> None:
+def generate(model: Path, threads: str, seconds: float, *, with_second: bool) -> None:
     """The measured process: says it is ready, waits for a line, generates, prints its rate."""
     from llmrun.engine.llama import default_threads
     from llmrun.engine.loop import Engine
@@ -42,8 +43,12 @@ def generate(model: Path, threads: str, seconds: float) -> None:
         n_threads=default_threads() if is_steady else int(threads),
         steady_threads=is_steady,
     )
-    with Engine.open([model], options) as engine:
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Engine.open([model], options))
         prompt = tuple(engine.tokenizer.tokenize(PROMPT, add_special=True, parse_special=False))
+        if with_second:
+            second = stack.enter_context(Engine.open([model], options))
+            list(second.submit(Request(prompt, SamplingParams(temperature=0), 8, ignore_eog=True)))
         print("ready", flush=True)
         sys.stdin.readline()
         stream = engine.submit(Request(prompt, SamplingParams(temperature=0), ignore_eog=True))
@@ -67,7 +72,9 @@ def busy_processes(n: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(model: Path, threads: str, seconds: float, n_processes: int) -> float:
+def measure(
+    model: Path, threads: str, seconds: float, *, n_processes: int, with_second: bool
+) -> float:
     """tok/s; of the slowest when there are several, and at least one in the whole time."""
     environment = dict(os.environ)
     if threads == "native":
@@ -76,6 +83,8 @@ def measure(model: Path, threads: str, seconds: float, n_processes: int) -> floa
         environment["GOMP_SPINCOUNT"] = _OPENMP_SPINS
         threads = str(default_threads())
     command = [sys.executable, __file__, str(model), "--child", threads, "--seconds", str(seconds)]
+    if with_second:
+        command.append("--second")
     processes = [
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -104,7 +113,14 @@ def run_case(case: str, args: argparse.Namespace, counts: list[int]) -> dict[str
     with busy_processes(n_busy):
         for _ in range(args.rounds):
             for threads, found in rates.items():
-                found.append(measure(args.model, threads, args.seconds, n_processes))
+                rate = measure(
+                    args.model,
+                    threads,
+                    args.seconds,
+                    n_processes=n_processes,
+                    with_second=case == "second-model",
+                )
+                found.append(rate)
     median = {threads: statistics.median(found) for threads, found in rates.items()}
     best = max(map(str, counts), key=lambda threads: median[threads])
     return {
@@ -125,9 +141,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--second", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        generate(args.model, args.child, args.seconds)
+        generate(args.model, args.child, args.seconds, with_second=args.second)
         return
     from llmrun.engine.governor import thread_counts
     from llmrun.engine.llama import default_threads
