@@ -17,10 +17,10 @@ from llmrun.engine.speculate import StepCosts
 BLOCK_S = 0.05
 
 # The prompts' part of a step beside running answers: that long, since they pause for it, but not
-# below the rows that compute well together. Up to so many times longer where more wait to be read
-# than pause for it: until all are read they do not go in step, and the last ones run with few.
+# below the rows that compute well together. Longer where more wait to be read than pause for it:
+# until all are read they do not go in step, and the last ones run with few.
 _BESIDE_S = 0.25
-_MOST_BESIDE = 4.0
+_BESIDE_FEWER_S = 1.0
 _MIN_BESIDE = 32
 
 # A longer batch costs as much by the row in several passes as in one, near enough.
@@ -72,8 +72,7 @@ class Pace:
         wait for; None: as many as there are."""
         if self._costs is None or not n_reading or not n_answering:
             return None
-        times = min(max(1.0, n_reading / n_answering), _MOST_BESIDE)
-        n_rows = self._costs.rows_within(_BESIDE_S * times)
+        n_rows = self._costs.rows_within(_BESIDE_FEWER_S if n_reading > n_answering else _BESIDE_S)
         return None if n_rows is None else max(n_rows, _MIN_BESIDE)
 
     def start_alone(self, n_tokens: int) -> float:

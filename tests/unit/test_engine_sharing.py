@@ -232,7 +232,7 @@ def test_answers_go_on_at_every_step_while_a_prompt_is_read() -> None:
     check_books(engine, backend)
 
 
-@pytest.mark.parametrize(("n_prompts", "n_most"), [(1, 70), (3, 200), (9, 260)])
+@pytest.mark.parametrize(("n_prompts", "n_most"), [(1, 70), (3, 260), (9, 260)])
 def test_prompts_beside_answers_come_in_pieces_that_take_a_bounded_time(
     n_prompts: int, n_most: int
 ) -> None:
