@@ -23,6 +23,10 @@ _BESIDE_S = 0.25
 _BESIDE_FEWER_S = 1.0
 _MIN_BESIDE = 32
 
+# A row with logits costs as much as several without. In a long batch with more of them than one in
+# so many, which is the end of short prompts or prompts beside answers, rows seem to be slow.
+_ROWS_PER_OUTPUT = 64
+
 # A longer batch costs as much by the row in several passes as in one, near enough.
 _FEW_ROWS = 64
 
@@ -44,7 +48,7 @@ class Pace:
         self.n_steps = 0
         self.busy_s = 0.0
         self._n_rows = 0
-        self._is_one_pass = self._is_of_one_kind = True
+        self._is_one_pass = self._has_few_outputs = True
         self._started_s = 0.0
         self._threads = (backend.n_threads, backend.n_threads_batch)
         self._block = (0.0, 0)
@@ -56,9 +60,9 @@ class Pace:
             self._backend.kv_unified
             or len(split_rows([(chunk.seq_id, len(chunk.tokens)) for chunk in chunks])) == 1
         )
-        # Rows of answers cost more than those of prompts, and may be any part of a long batch.
-        self._is_of_one_kind = self._n_rows <= MANY_ROWS or all(
-            len(chunk.tokens) > 1 for chunk in chunks
+        n_outputs = sum(chunk.n_outputs for chunk in chunks)
+        self._has_few_outputs = self._n_rows <= MANY_ROWS or (
+            n_outputs * _ROWS_PER_OUTPUT <= self._n_rows
         )
         self._set_threads(self._n_rows)
         self._started_s = self._clock()
@@ -78,7 +82,7 @@ class Pace:
     def start_alone(self, n_tokens: int) -> float:
         """Single-token steps follow. Returns when to `look` first, in the clock's seconds: after
         the first, so that one step between two with guesses is timed, too."""
-        self._is_one_pass = self._is_of_one_kind = True
+        self._is_one_pass = self._has_few_outputs = True
         self._set_threads(1)
         self._block = (self._clock(), n_tokens)
         return -math.inf
@@ -103,7 +107,7 @@ class Pace:
         self.n_steps += n_steps
         self.busy_s += elapsed_s
         # Of several passes no one's time is known.
-        if self._governor is not None and self._is_one_pass and self._is_of_one_kind:
+        if self._governor is not None and self._is_one_pass and self._has_few_outputs:
             self._governor.observe(n_rows, n_steps, elapsed_s)
         if self._costs is not None and (self._is_one_pass or n_rows > _FEW_ROWS):
             self._costs.learn(n_rows, n_steps, elapsed_s)

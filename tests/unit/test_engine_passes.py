@@ -94,16 +94,18 @@ def test_the_time_of_several_passes_is_nobodys_time(kv_unified: bool) -> None:
     assert costs.knows(2)
 
 
-def test_prompts_beside_answers_say_nothing_of_the_threads() -> None:
-    """They cost more by the row than prompts alone, so that the machine would seem to be busy."""
+@pytest.mark.parametrize("other", [[1, 90], [12] * 7])
+def test_many_rows_with_logits_say_nothing_of_the_threads(other: list[int]) -> None:
+    """Prompts beside an answer, and short ones, cost more by the row than a long one: the machine
+    would seem to be busy."""
     now_s = iter(range(100))
     seen = []
     governor = Governor(2, 2)
     governor.observe = lambda *step: seen.append(step)  # type: ignore[method-assign]
-    backend = FakeBackend(n_ctx=512, n_seq_max=2, n_batch=256)
+    backend = FakeBackend(n_ctx=512, n_seq_max=8, n_batch=256)
     pace = Pace(backend, lambda: float(next(now_s)), governor, StepCosts())
     pace.decode([Chunk(0, [65] * 90, 0, 1)])
     pace.end_step()
-    pace.decode([Chunk(0, [65], 90, 1), Chunk(1, [65] * 90, 0, 1)])
+    pace.decode([Chunk(n, [65] * n_tokens, 90 * (n == 0), 1) for n, n_tokens in enumerate(other)])
     pace.end_step()
     assert [n_rows for n_rows, *_ in seen] == [90]
