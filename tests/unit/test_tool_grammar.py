@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmrun.chat.messages import Message, ToolCall
 from llmrun.chat.parsing import HARMONY as HARMONY_THINKING
 from llmrun.chat.parsing import make_splitter
-from llmrun.chat.tool_calls import CallStart, CallText, make_tool_splitter, parse_arguments
+from llmrun.chat.tool_calls import CallStart, CallText, make_tool_splitter
 from llmrun.chat.tool_formats import (
     FALLBACK,
     FORMATS,
@@ -72,7 +72,7 @@ def read(fmt: ToolFormat, text: str, tools: list[ToolSpec]) -> list[tuple[str, o
     for event in events:
         if isinstance(event, CallText):
             texts[event.index] += event.text
-    return [(name, parse_arguments(text)) for name, text in zip(names, texts, strict=True)]
+    return [(name, json.loads(text)) for name, text in zip(names, texts, strict=True)]
 
 
 def fits(value: object, schema: dict, root: dict) -> bool:
