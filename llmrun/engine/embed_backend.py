@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrun.engine.binding import forget_log, last_reason, load_library
+from llmrun.engine.binding import last_reason, load_library
 from llmrun.engine.embed_shape import (
     POOLING_IDS,
     EmbedOptions,
@@ -23,11 +23,11 @@ from llmrun.engine.embed_shape import (
     shape_context,
 )
 from llmrun.engine.embed_types import EmbedFacts
-from llmrun.engine.model_file import load_model, read_facts
+from llmrun.engine.model_file import load_model, new_context, read_facts
 from llmrun.engine.params import check_options, fill_context_params
 from llmrun.engine.types import LoadProgress
 from llmrun.engine.vocabulary import LlamaTokenizer
-from llmrun.errors import EngineError, UsageError, WillNotFitError
+from llmrun.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from llmrun.gguf.types import ModelInfo
@@ -217,18 +217,7 @@ def _create_context(C: Any, model: Any, options: EmbedOptions, shape: EmbedShape
     params = fill_context_params(C, settings, n_outputs_max=shape.n_ubatch)
     params.embeddings = True
     params.pooling_type = POOLING_IDS[shape.pooling]
-    forget_log()
-    ctx = C.llama_init_from_model(model, params)
-    if not ctx:
-        why = last_reason()
-        if why is None or "alloc" in why:
-            raise WillNotFitError(
-                f"no memory for inputs of {shape.n_ctx} tokens",
-                why=why,
-                hint=f"pass --ctx {max(128, shape.n_ctx // 2)}",
-            )
-        raise EngineError("llama.cpp cannot create this context", why=why)
-    return ctx
+    return new_context(C, model, params, f"inputs of {shape.n_ctx} tokens", shape.n_ctx, 128)
 
 
 def _read_embed_facts(

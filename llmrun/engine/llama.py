@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.engine.backend import Chunk, DecodeResult
-from llmrun.engine.binding import forget_log, last_reason, load_library
+from llmrun.engine.binding import last_reason, load_library
 from llmrun.engine.logits import LogitRows
-from llmrun.engine.model_file import load_model, read_facts
+from llmrun.engine.model_file import load_model, new_context, read_facts
 from llmrun.engine.params import check_options, fill_context_params
 from llmrun.engine.params import default_threads as default_threads
 from llmrun.engine.sampling import LlamaSampler
@@ -26,7 +26,7 @@ from llmrun.engine.types import (
     count_outputs,
 )
 from llmrun.engine.vocabulary import LlamaTokenizer
-from llmrun.errors import EngineError, WillNotFitError
+from llmrun.errors import EngineError
 
 _DONE = DecodeResult.DONE  # an enum's member costs a descriptor call at each access
 
@@ -267,18 +267,7 @@ def open_backend(
 
 def _create_context(C: Any, model: Any, options: EngineOptions, facts: ModelFacts) -> Any:
     params = fill_context_params(C, options, n_outputs_max=_count_outputs(options, facts))
-    forget_log()
-    ctx = C.llama_init_from_model(model, params)
-    if not ctx:
-        why = last_reason()
-        if why is None or "alloc" in why:
-            raise WillNotFitError(
-                f"no memory for a context of {options.n_ctx} tokens",
-                why=why,
-                hint=f"pass --ctx {max(512, options.n_ctx // 2)}",
-            )
-        raise EngineError("llama.cpp cannot create this context", why=why)
-    return ctx
+    return new_context(C, model, params, f"a context of {options.n_ctx} tokens", options.n_ctx, 512)
 
 
 def _count_outputs(options: EngineOptions, facts: ModelFacts) -> int:

@@ -1,4 +1,4 @@
-"""A model's file, loaded by llama.cpp, and what it then says of itself."""
+"""A model's file and contexts of it, made by llama.cpp, and what the file says of itself."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ def load_model(C: Any, path: Path, options: EngineOptions, on_progress: LoadProg
             )
         raise EngineError(f"llama.cpp cannot load {path.name}", why=why)
     return model
+
+
+def new_context(C: Any, model: Any, params: Any, what: str, n_ctx: int, n_least: int) -> Any:
+    """A context for `what`, to be freed by the caller.
+
+    Raises WillNotFitError when it gets no memory, with half of `n_ctx` as the way out, but not less
+    than `n_least`; EngineError when llama.cpp refuses the settings.
+    """
+    forget_log()
+    ctx = C.llama_init_from_model(model, params)
+    if not ctx:
+        why = last_reason()
+        if why is None or "alloc" in why:
+            raise WillNotFitError(
+                f"no memory for {what}", why=why, hint=f"pass --ctx {max(n_least, n_ctx // 2)}"
+            )
+        raise EngineError("llama.cpp cannot create this context", why=why)
+    return ctx
 
 
 class _LoadWatch:
